@@ -1,0 +1,7 @@
+"""`python -m snatd`."""
+
+import sys
+
+from snatd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,55 @@
+"""The errors of the product, one reaction each; anything else that is raised is a bug."""
+
+from __future__ import annotations
+
+
+class SnatdError(Exception):
+    """Base of the errors that snatd reacts to. Its text says what, where and what to do."""
+
+
+class ConfigError(SnatdError):
+    """The operator must change something: exit 78, no restart. Carries every complaint at once."""
+
+    def __init__(self, complaints: tuple[str, ...]) -> None:
+        super().__init__("\n".join(complaints))
+        self.complaints = complaints
+
+
+class NotPermitted(SnatdError):
+    """The process lacks CAP_NET_ADMIN: exit 77."""
+
+
+class BackendError(SnatdError):
+    """One backend of one family could not be read or written; the others go on."""
+
+    label = "failed"
+
+
+class StaleRuleset(BackendError):
+    """Somebody wrote between our read and our write; nothing of ours was applied. Look again."""
+
+    label = "stale"
+
+
+class BackendBusy(BackendError):
+    """The xtables lock or a tool did not answer before its deadline; nothing was applied."""
+
+    label = "busy"
+
+
+class BackendFailed(BackendError):
+    """The kernel or the tool refused, or its output cannot be trusted."""
+
+
+class NotConverged(BackendError):
+    """The write was accepted, yet the ruleset reads back differently from what was planned."""
+
+    label = "not converged"
+
+
+class RuleError(SnatdError):
+    """A rule or a listing is not in the language of `iptables -S`."""
+
+
+class LeaseError(SnatdError):
+    """subnet.env is missing, half-written, malformed or contradicts itself."""

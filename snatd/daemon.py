@@ -1,0 +1,330 @@
+"""The loop: one thread waits in one place and decides when to look.
+
+Decides nothing about rules; a pass (`reconcile`) does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import selectors
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from snatd import __version__, config, report
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired
+from snatd.core.errors import ConfigError
+from snatd.core.plan import Transaction
+from snatd.core.schedule import Schedule
+from snatd.facts import Facts, now
+from snatd.host import journal, status
+from snatd.host.instance import Instance
+from snatd.host.notify import Notifier
+from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Writer
+from snatd.kernel.tools import Tools
+from snatd.node import open_edges
+from snatd.reconcile import Pass, look, reconcile
+
+# A pass's time-outs together; systemd's watchdog must be more than twice this.
+_PASS_S = 20.0
+# READY=1 after the first pass whatever it gave, or after this: other services wait for it at boot.
+_FIRST_PASS_S = 9.0
+# Where inotify is used up, subnet.env is looked at this often.
+_UNWATCHED_S = 5.0
+
+# Bytes on the wake pipe; signals write their own numbers (1 to 64).
+_SUBNET_FILE, _XTABLES_LOCK = 0xF0, 0xF1
+_WOKEN_BY = {_SUBNET_FILE: "subnet_file", _XTABLES_LOCK: "xtables_lock"}
+
+
+class Daemon:
+    """One run of `snatd run`."""
+
+    def __init__(self, settings: config.Config, path: Path | None) -> None:
+        self._path = path
+        self._settings = settings
+        self._log = journal.logger()
+        self._tools = Tools()
+        self._edges = open_edges(settings, self._tools, self._complain)
+        self._schedule = Schedule(resync_s=settings.resync)
+        self._notifier = Notifier()
+        self._poll = LegacyPoll()
+        self._selector = selectors.DefaultSelector()
+        self._ears: list[NftEar | LinkEar] = []
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._watch: Any = None
+        self._stopping = False
+        self._triggers: Counter[str] = Counter({"start": 1})
+        self._writers: dict[Writer, None] = {}
+        self._told: dict[str, Any] = {}
+        self._facts = Facts()
+
+    def run(self) -> int:
+        """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning."""
+        instance = Instance(self._settings.runtime_dir)
+        instance.take()
+        self._open()
+        self._log.info("started", version=__version__, mode=self._settings.mode)
+        self._pass(_FIRST_PASS_S)
+        self._notifier.ready()
+        self._open_watch()
+        while not self._stopping:
+            self._turn()
+        self._notifier.stopping()
+        if self._watch is not None:
+            self._watch.stop()
+        with suppress(OSError):
+            status.path_in(self._settings.runtime_dir).unlink(missing_ok=True)
+        self._log.info("stopped", rules="left in place; `snatd revert` removes them")
+        return 0
+
+    def _open(self) -> None:
+        # The ears come before the first look, so that nothing falls between.
+        for ear in (NftEar(self._tools.own_pids), LinkEar()):
+            self._ears.append(ear)
+            self._selector.register(ear, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)
+
+    def _open_watch(self) -> None:
+        # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
+        from snatd.host.watch import FileWatch
+        from snatd.kernel.lock import PATH
+
+        watch = FileWatch()
+        watch.add(self._settings.subnet_file, lambda: self._wake(_SUBNET_FILE))
+        watch.add(PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
+        try:
+            watch.start()
+        except OSError as error:
+            self._watched(f"inotify: {error.strerror}")
+        else:
+            self._watch = watch
+            self._rearm()
+        self._heard(Event("watch_started"))
+
+    def _wake(self, reason: int) -> None:
+        with suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake_writer, bytes((reason,)))
+
+    def _turn(self) -> None:
+        now_s = time.monotonic()
+        waits = [self._schedule.due_s(now_s)]
+        if self._poll.due_s is not None:
+            waits.append(self._poll.due_s)
+        if (watchdog_s := self._notifier.watchdog_s()) is not None:
+            waits.append(now_s + watchdog_s / 4)
+        for key, _ in self._selector.select(max(0.0, min(waits) - now_s)):
+            if key.fileobj == self._wake_reader:
+                self._woken()
+            else:
+                self._listen(key.fileobj)
+        now_s = time.monotonic()
+        if self._poll.due_s is not None and now_s >= self._poll.due_s:
+            for event in self._poll.events(now_s):
+                self._heard(event)
+        if not self._stopping and now_s >= self._schedule.due_s(now_s):
+            self._pass(_PASS_S)
+        self._notifier.alive()
+
+    def _listen(self, ear: Any) -> None:
+        try:
+            for event in ear.events():
+                self._heard(event)
+        except OSError as error:
+            # The socket is dead. Another one, and a look, since it may have missed something.
+            self._log.warning("ear_reopened", source=ear.source, error=error.strerror)
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(ear)
+            ear.close()
+            self._ears.remove(ear)
+            new = NftEar(self._tools.own_pids) if isinstance(ear, NftEar) else LinkEar()
+            self._ears.append(new)
+            self._selector.register(new, selectors.EVENT_READ)
+            self._heard(Event(ear.source))
+
+    def _heard(self, event: Event) -> None:
+        self._schedule = self._schedule.event()
+        self._triggers[event.source] += 1
+        self._facts.last_event = {
+            "at": now(),
+            "source": event.source,
+            "writer": str(event.writer) if event.writer else None,
+        }
+        self._facts.events[event.source] += 1
+        if event.writer is not None:
+            self._writers[event.writer] = None
+
+    def _woken(self) -> None:
+        for byte in os.read(self._wake_reader, 4096):
+            if byte in _WOKEN_BY:
+                self._heard(Event(_WOKEN_BY[byte]))
+            elif byte in (signal.SIGTERM, signal.SIGINT):
+                self._stopping = True
+            elif byte == signal.SIGHUP:
+                self._reload()
+            elif byte == signal.SIGUSR1:
+                self._summarise()
+
+    def _reload(self) -> None:
+        self._notifier.reloading()
+        try:
+            new = config.load(self._path)
+        except ConfigError as error:
+            # The old configuration stays in force, and STATUS says so until a good one comes.
+            self._facts.refused = " / ".join(error.complaints)
+            self._log.error("configuration_refused", why=list(error.complaints))
+        else:
+            if new.runtime_dir != self._settings.runtime_dir:
+                self._log.warning("needs_restart", key="runtime_dir")
+            self._facts.refused = None
+            self._settings = new
+            journal.configure(new.log_format, new.log_level)
+            self._log = journal.logger()
+            self._edges = open_edges(new, self._tools, self._complain)
+            self._schedule = Schedule(resync_s=new.resync, ended_s=self._schedule.ended_s)
+            self._told.clear()
+            if self._watch is not None:
+                self._watch.stop()
+                self._open_watch()
+            self._log.info("configuration_loaded", mode=new.mode)
+        self._heard(Event("reload"))
+        self._publish()
+        self._notifier.ready()
+
+    def _pass(self, limit_s: float) -> None:
+        triggers, writers = self._triggers, self._writers
+        self._triggers, self._writers = Counter(), {}
+        started_s = time.monotonic()
+        self._rearm()
+        self._poll.rebase(started_s)
+        deadline = Deadline(started_s + limit_s)
+        policy = self._settings.policy
+        if self._settings.mode == "observe":
+            done = Pass(look(self._edges, policy, deadline))
+        else:
+            done = reconcile(self._edges, policy, deadline)
+        ended_s = time.monotonic()
+        was_fighting = self._schedule.fighting
+        self._schedule = self._schedule.passed(
+            ended_s,
+            repaired=bool(done.applied) and "start" not in triggers,
+            failed=bool(done.view.problems),
+            jitter=random.random(),
+        )
+        self._listen_to_bridge(done)
+        self._facts.passed(done, triggers, writers, ended_s - started_s)
+        self._tell_changes(done.applied, triggers, writers, ended_s - started_s, was_fighting)
+        self._tell_state(done)
+        self._publish()
+
+    def _listen_to_bridge(self, done: Pass) -> None:
+        links = done.view.node.links if done.view.node else ()
+        bridges = {one.bridge for one in done.view.wanted.values() if isinstance(one, Desired)}
+        for ear in self._ears:
+            if isinstance(ear, LinkEar):
+                ear.devices = frozenset(link.index for link in links if link.name in bridges)
+
+    def _rearm(self) -> None:
+        if self._watch is not None:
+            self._watched("; ".join(self._watch.rearm()))
+
+    def _watched(self, problem: str) -> None:
+        """Where a file cannot be watched, passes come often enough to notice all the same."""
+        resync_s = self._settings.resync
+        if problem:
+            resync_s = min(resync_s, _UNWATCHED_S)
+        self._schedule = replace(self._schedule, resync_s=resync_s)
+        self._say("watch_failed", "warning", problem, over="watch_restored", remedy=_INOTIFY_HELP)
+
+    def _tell_changes(
+        self,
+        applied: tuple[Transaction, ...],
+        triggers: Counter[str],
+        writers: dict[Writer, None],
+        duration_s: float,
+        was_fighting: bool,
+    ) -> None:
+        names = ", ".join(map(str, writers)) or None
+        if self._schedule.fighting and not was_fighting:
+            self._facts.fighting = names or "a program that the kernel does not name"
+            self._log.warning("fighting", writer=names, hint="it undoes every repair; backing off")
+        elif was_fighting and not self._schedule.fighting:
+            self._log.info("fight_ended", repairs=self._facts.repairs, writer=self._facts.fighting)
+            self._facts.fighting = None
+        if self._schedule.fighting and was_fighting:
+            return
+        for one in applied:
+            for reason in one.reasons:
+                self._log.info(
+                    reason.change.value,
+                    priority=journal.NOTICE,
+                    family=one.family.value,
+                    backend=one.backend.value,
+                    rule=list(one.added) or None,
+                    removed=list(one.removed) or None,
+                    why=reason.why,
+                    trigger=",".join(triggers) or "resync",
+                    writer=names,
+                    duration_ms=round(duration_s * 1000, 1),
+                )
+
+    def _tell_state(self, done: Pass) -> None:
+        """Says what is new about the state, and nothing while nothing is."""
+        view = done.view
+        self._say("holding", "info", list(view.holds), over="hold_ended")
+        self._say("cut_out", "info", list(report.cut_out_lines(view)))
+        # The first time-outs of a busy lock are nobody's worry; the third in a row is.
+        busy = report.is_busy(view) and self._schedule.failures < 3
+        if not busy:
+            level = "warning" if report.is_busy(view) else "error"
+            self._say("backend_failed", level, list(map(str, view.problems)), over="recovered")
+        if view.node is not None and not view.node.ipv6:
+            self._say("ipv6_skipped", "info", "IPv6 is switched off in this kernel")
+        if self._settings.mode == "observe":
+            self._say("would_change", "warning", list(report.diff(view.plan)), over="in_sync")
+
+    def _say(
+        self, event: str, level: str, what: Any, over: str | None = None, **fields: Any
+    ) -> None:
+        """Logs an event when its content differs from the last time; `over` when it is empty."""
+        before, self._told[event] = self._told.get(event), what
+        if what == before or (not what and not before):
+            return
+        if what:
+            getattr(self._log, level)(event, what=what, **fields)
+        elif over is not None:
+            self._log.info(over)
+
+    def _complain(self, text: str) -> None:
+        self._say("state_not_kept", "warning", text)
+
+    def _publish(self) -> None:
+        line = self._facts.headline()
+        self._notifier.status(line)
+        try:
+            status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
+        except OSError as error:
+            self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")
+
+    def _summarise(self) -> None:
+        self._publish()
+        self._log.info(
+            "summary",
+            status=self._facts.headline(),
+            repairs=self._facts.repairs,
+            passes=self._facts.passes,
+            events=dict(self._facts.events),
+            dropped_log_lines=journal.dropped["lines"],
+        )
+
+
+_INOTIFY_HELP = "raise fs.inotify.max_user_instances and max_user_watches; polling meanwhile"

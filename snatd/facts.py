@@ -1,0 +1,86 @@
+"""What the daemon tells about itself, for STATUS and the status file. Nothing is decided by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+from snatd import __version__, report
+from snatd.host import journal
+from snatd.kernel.events import Writer
+from snatd.reconcile import Pass
+
+
+class Facts:
+    """Counts and last times since the start."""
+
+    def __init__(self) -> None:
+        self.started_at = now()
+        self.repairs = 0
+        self.passes = 0
+        self.events: Counter[str] = Counter()
+        self.last_event: dict[str, Any] | None = None
+        self.last_repair: dict[str, Any] | None = None
+        self.last_pass: dict[str, Any] | None = None
+        self.fighting: str | None = None
+        self.refused: str | None = None
+        self._state = ""
+        self._since = now()
+        self._view: dict[str, Any] = {}
+
+    def passed(
+        self, done: Pass, triggers: Counter[str], writers: dict[Writer, None], duration_s: float
+    ) -> None:
+        self.passes += 1
+        self.repairs += len(done.applied)
+        self._view = report.document(done.view)
+        state = report.state(done.view)
+        if state != self._state:
+            self._state, self._since = state, now()
+        trigger = ",".join(triggers) or "resync"
+        self.last_pass = {
+            "at": now(),
+            "duration_ms": round(duration_s * 1000, 1),
+            "trigger": trigger,
+        }
+        for one in done.applied:
+            self.last_repair = {
+                "at": now(),
+                "trigger": trigger,
+                "writers": [str(writer) for writer in writers],
+                **report.transaction_document(one),
+            }
+
+    def headline(self) -> str:
+        """STATUS=: what most needs to be known comes first."""
+        line = str(self._view.get("headline", "starting"))
+        if self.fighting:
+            line = f"fighting with {self.fighting}, which undoes every repair; {line}"
+        if self.refused:
+            line = f"new configuration refused, the old one is in force ({self.refused}); {line}"
+        return f"{line}; {self.repairs} repairs"
+
+    def document(self, mode: str) -> dict[str, Any]:
+        return {
+            **self._view,
+            "version": __version__,
+            "mode": mode,
+            "started_at": self.started_at,
+            "written_at": now(),
+            "status": self.headline(),
+            "since": self._since,
+            "repairs": self.repairs,
+            "passes": self.passes,
+            "events": dict(self.events),
+            "last_event": self.last_event,
+            "last_pass": self.last_pass,
+            "last_repair": self.last_repair,
+            "fighting": self.fighting,
+            "configuration_refused": self.refused,
+            "dropped_log_lines": journal.dropped["lines"],
+        }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

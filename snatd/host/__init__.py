@@ -1,0 +1,1 @@
+"""The node's side: files, the journal and systemd. Imports `core`, never `kernel`."""

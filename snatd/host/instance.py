@@ -1,0 +1,43 @@
+"""One daemon per node: the instance lock in runtime_dir."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class AlreadyRunning(Exception):
+    """Another snatd holds the lock."""
+
+    def __init__(self, pid: str, path: Path) -> None:
+        super().__init__(f"snatd is already running as pid {pid} (it holds {path})")
+
+
+class Instance:
+    """The lock, held from `take` to the end of the process (the kernel releases it)."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self.path = runtime_dir / "snatd.lock"
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises AlreadyRunning with the holder's pid, or OSError where no file can be made."""
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise AlreadyRunning(pid, self.path) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,1 @@
+"""The kernel's side: rulesets, links and events. Imports `core`, never `host`."""

@@ -1,0 +1,39 @@
+"""The homes of iptables rules on this node, and which its `iptables` command writes to."""
+
+from __future__ import annotations
+
+import os
+
+from snatd.core.deadline import Deadline
+from snatd.core.model import Backend, Family
+from snatd.kernel.legacy import LegacyTables
+from snatd.kernel.lock import XtablesLock
+from snatd.kernel.nft import NftTables
+from snatd.kernel.tools import Tools
+
+Tables = NftTables | LegacyTables
+
+
+def all_tables(tools: Tools, lock: XtablesLock, only: Backend | None) -> tuple[Tables, ...]:
+    """Every backend of every family, in the order in which a plan goes through them."""
+    tables: list[Tables] = []
+    for family in Family:
+        tables += [NftTables(family, tools), LegacyTables(family, tools, lock)]
+    return tuple(one for one in tables if only in (None, one.backend))
+
+
+def iptables_is(tools: Tools, deadline: Deadline) -> Backend:
+    """What `iptables` is; nft where there is no such command.
+
+    By the program behind the link (alternatives on Debian and EL); where its name does not tell,
+    by what `iptables -V` says.
+    """
+    path = tools.find("iptables")
+    if path is None:
+        return Backend.NFT
+    program = os.path.basename(os.path.realpath(path))
+    if "legacy" in program:
+        return Backend.LEGACY
+    if "nft" in program:
+        return Backend.NFT
+    return Backend.LEGACY if "legacy" in tools.run(["iptables", "-V"], deadline) else Backend.NFT

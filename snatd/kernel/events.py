@@ -1,0 +1,252 @@
+"""Hears that something changed in the kernel, and who changed it. Never says what it is now.
+
+Raw netlink sockets, because pyroute2's subscribed ones die of one overflow (0.9) and decode every
+message in full. Here a storm of foreign rules costs one search through each datagram.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import struct
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from snatd.core.model import Family
+from snatd.kernel import peek
+
+_NETLINK_NETFILTER = 12
+_NFNLGRP_NFTABLES = 7
+_ROUTE_GROUPS = (1, 5, 7, 9, 11)  # LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+_SO_RCVBUFFORCE = 33
+# A restore of 5000 rules overflows the default of 212 kB and fits into this.
+_RECEIVE_BUFFER_BYTES = 16 * 1024 * 1024
+_DATAGRAM_BYTES = 256 * 1024
+# So that a storm leaves the loop time for its other duties; what is left is still readable.
+_DATAGRAMS_A_TURN = 2000
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who committed a change, as the kernel tells it. `/proc/<pid>` may be gone already."""
+
+    pid: int
+    comm: str
+
+    def __str__(self) -> str:
+        return f"{self.comm} (pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Look again, because of `source`."""
+
+    source: str
+    writer: Writer | None = None
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value
+
+
+# Plain substrings: searching for these four costs a quarter of one regular expression. A chance
+# hit inside of some other message is a needless look, no more.
+_RELEVANT = (
+    # A rule of nat POSTROUTING (NFTA_RULE_TABLE, NFTA_RULE_CHAIN).
+    _attribute(1, b"nat\0") + _attribute(2, b"POSTROUTING\0"),
+    # A rule of a chain of ours.
+    b"\x02\0SNATD-",
+    # Anything in our own table.
+    _attribute(1, b"snatd\0"),
+    # A chain of anybody's on a nat hook (NFTA_CHAIN_TYPE).
+    _attribute(7, b"nat\0"),
+)
+_HEADER_REST = rb".{2}.{8}.\x00.{2}"  # nlmsg flags, seq, port; nfgenmsg family, version, res_id
+# NFT_MSG_DELTABLE, then NFTA_TABLE_NAME: the removal of any table.
+_TABLE_REMOVAL = re.compile(rb"\x02\x0a" + _HEADER_REST + rb".\x00\x01\x00", re.DOTALL)
+# NFT_MSG_NEWGEN closes each commit: NFTA_GEN_ID, NFTA_GEN_PROC_PID, NFTA_GEN_PROC_NAME.
+_GENERATION = re.compile(
+    rb"\x0f\x0a" + _HEADER_REST + rb"\x08\x00\x01\x00.{4}\x08\x00\x02\x00(.{4})"
+    rb".{2}\x03\x00([^\x00]*)\x00",
+    re.DOTALL,
+)
+
+
+class NftEar:
+    """Commits to nf_tables that may concern us, each with its writer. Our own are left out."""
+
+    source = "nft"
+
+    def __init__(self, own_pids: Collection[int]) -> None:
+        self._own_pids = own_pids
+        self._pending = False
+        self.overflows = 0
+        self._socket = _listen(_NETLINK_NETFILTER, (_NFNLGRP_NFTABLES,))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def events(self) -> Iterator[Event]:
+        """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
+        for datagram in _datagrams(self._socket):
+            if datagram is None:
+                self.overflows += 1
+                yield Event(self.source)
+                continue
+            yield from self._heard(datagram)
+
+    def _heard(self, datagram: bytes) -> Iterator[Event]:
+        self._pending = self._pending or _is_relevant(datagram)
+        generation = _GENERATION.search(datagram)
+        if generation is None:
+            return
+        writer = Writer(int.from_bytes(generation[1], "big"), _printable(generation[2]))
+        pending, self._pending = self._pending, False
+        if pending and writer.pid not in self._own_pids:
+            yield Event(self.source, writer)
+
+
+def _is_relevant(datagram: bytes) -> bool:
+    found = any(pattern in datagram for pattern in _RELEVANT)
+    return found or _TABLE_REMOVAL.search(datagram) is not None
+
+
+_HEADER = struct.Struct("=IHHII")
+_RTM_LINK, _RTM_ADDRESS, _RTM_ROUTE = (16, 17), (20, 21), (24, 25)
+_MAIN_TABLE, _UNICAST, _SCOPE_LINK = 254, 1, 253
+_RTA_DST = 1
+
+
+class LinkEar:
+    """Changes of addresses and direct routes, and of `devices`, the bridges, by index.
+
+    Everything else about devices (a veth pair is a dozen messages) ends at its header.
+    """
+
+    source = "link"
+
+    def __init__(self) -> None:
+        self.devices: frozenset[int] = frozenset()
+        self.overflows = 0
+        self._socket = _listen(socket.NETLINK_ROUTE, _ROUTE_GROUPS)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def events(self) -> Iterator[Event]:
+        """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
+        for datagram in _datagrams(self._socket):
+            if datagram is None:
+                self.overflows += 1
+                yield Event(self.source)
+            elif any(self._concerns(kind, body) for kind, body in _messages(datagram)):
+                yield Event(self.source)
+
+    def _concerns(self, kind: int, body: bytes) -> bool:
+        if len(body) < 12:
+            return False
+        if kind in _RTM_LINK:
+            return struct.unpack_from("=i", body, 4)[0] in self.devices
+        if kind in _RTM_ADDRESS:
+            return not (body[0] == socket.AF_INET6 and body[3] == _SCOPE_LINK)
+        if kind in _RTM_ROUTE:
+            table, route_type = body[4], body[7]
+            return table == _MAIN_TABLE and route_type == _UNICAST and not _is_link_local(body[12:])
+        return False
+
+
+def _is_link_local(attributes: bytes) -> bool:
+    """fe80::/10 and ff00::/8: one such route comes and goes with every veth."""
+    position = 0
+    while position + 4 <= len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, position)
+        if kind == _RTA_DST:
+            start = attributes[position + 4 : position + 6]
+            return length == 20 and (start[:1] == b"\xff" or start == b"\xfe\x80")
+        position += max(4, (length + 3) & ~3)
+    return False
+
+
+def _messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + _HEADER.size <= len(datagram):
+        length, kind, _, _, _ = _HEADER.unpack_from(datagram, position)
+        if length < _HEADER.size:
+            return
+        yield kind, datagram[position + _HEADER.size : position + length]
+        position += (length + 3) & ~3
+
+
+def _listen(protocol: int, groups: tuple[int, ...]) -> socket.socket:
+    ear = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
+    try:
+        ear.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER_BYTES)
+    except PermissionError:  # a user namespace: the default buffer overflows sooner, no more
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+    ear.bind((0, sum(1 << (group - 1) for group in groups)))
+    return ear
+
+
+def _datagrams(ear: socket.socket) -> Iterator[bytes | None]:
+    """What has arrived; None for an overflow, which loses messages but not the socket.
+
+    Raises OSError where the socket itself is of no more use.
+    """
+    for _ in range(_DATAGRAMS_A_TURN):
+        try:
+            yield ear.recv(_DATAGRAM_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None
+
+
+def _printable(name: bytes) -> str:
+    """A program may call itself anything; in a log line only harmless characters are."""
+    return "".join(chr(byte) if 32 < byte < 127 else "?" for byte in name[:16]) or "?"
+
+
+class LegacyPoll:
+    """Compares the digests of the legacy tables now and then, for writers that take no lock.
+
+    The period stretches with the cost of a look, so that all looks together stay under 0.2 % of
+    a core.
+    """
+
+    source = "legacy-digest"
+    shortest_s = 1.0
+    share = 0.002
+
+    def __init__(self) -> None:
+        self._digests: dict[Family, bytes] = {}
+        self.period_s = self.shortest_s
+        self.due_s: float | None = None
+
+    def rebase(self, now_s: float) -> None:
+        """Before a pass reads: from here on a difference is news. Not in use: no polling at all."""
+        self._digests = self._look()
+        in_use = any(self._digests.values())
+        self.due_s = now_s + self.period_s if in_use else None
+
+    def events(self, now_s: float) -> tuple[Event, ...]:
+        """An event if something changed since `rebase`. Call when `due_s` has come."""
+        changed = self._look() != self._digests
+        self.due_s = now_s + self.period_s
+        return (Event(self.source),) if changed else ()
+
+    def _look(self) -> dict[Family, bytes]:
+        started_s = time.thread_time()
+        digests = {family: peek.digest(family) for family in Family}
+        cost_s = time.thread_time() - started_s
+        self.period_s = max(self.shortest_s, cost_s / self.share)
+        return digests

@@ -1,0 +1,89 @@
+"""The lock that every iptables-legacy command takes: /run/xtables.lock, by flock.
+
+The descriptor stays open, since each close of that file wakes everybody who watches it, ourselves
+included.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from snatd.core.deadline import Deadline
+from snatd.core.errors import BackendBusy, BackendFailed
+
+PATH = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
+_TRY_AGAIN_S = 0.005
+
+
+class XtablesLock:
+    """One process's handle on the lock. Not reentrant."""
+
+    def __init__(self, path: Path = PATH) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    @contextmanager
+    def held(self, deadline: Deadline) -> Iterator[None]:
+        """Holds the lock. Blocks up to the deadline, then BackendBusy says who holds it."""
+        descriptor = self._open()
+        end_s = time.monotonic() + deadline.remaining_s(time.monotonic())
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end_s:
+                    raise BackendBusy(f"{self.path} is held by {self._holder()}") from None
+                time.sleep(_TRY_AGAIN_S)
+                continue
+            # Whoever waited on a file that was removed meanwhile holds what nobody else sees.
+            if self._is_current(descriptor):
+                break
+            descriptor = self._open()
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _open(self) -> int:
+        if self._descriptor is not None and self._is_current(self._descriptor):
+            return self._descriptor
+        self.close()
+        try:
+            # As iptables opens it, so that whoever comes first leaves the same file.
+            self._descriptor = os.open(
+                self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+        except OSError as error:
+            raise BackendFailed(
+                f"{self.path} cannot be opened: {error.strerror}: iptables-legacy cannot either"
+            ) from None
+        return self._descriptor
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        here = os.fstat(descriptor)
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+    def _holder(self) -> str:
+        """The pid in /proc/locks whose lock is on our inode; best effort."""
+        with suppress(OSError, ValueError, IndexError):
+            inode = str(os.stat(self.path).st_ino)
+            for line in Path("/proc/locks").read_text().splitlines():
+                words = line.split()
+                if words[1] == "FLOCK" and words[5].rsplit(":", 1)[1] == inode:
+                    name = Path(f"/proc/{int(words[4])}/comm").read_text().strip()
+                    return f"pid {words[4]} ({name})"
+        return "another process"
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

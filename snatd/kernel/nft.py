@@ -1,0 +1,108 @@
+"""iptables rules that live in nf_tables: read by `iptables-nft -S`, written by one restore.
+
+`iptables-nft-restore` takes no lock and checks no generation, and `-D n` resolves n when it runs,
+so nothing is removed by number: what goes is named by its full text. A number only says where to
+insert; a wrong one costs order, which the caller reads back and puts right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from snatd.core.deadline import Deadline
+from snatd.core.errors import BackendFailed, RuleError, StaleRuleset
+from snatd.core.model import POSTROUTING, Backend, Family, Rule, Ruleset
+from snatd.core.plan import ChainEdit, Transaction
+from snatd.core.rules import own_chains, own_jumps, parse_listing
+from snatd.kernel.tools import Tools
+
+
+class NftTables:
+    """One family's nat table as the iptables-nft tools see it."""
+
+    backend = Backend.NFT
+
+    def __init__(self, family: Family, tools: Tools) -> None:
+        self.family = family
+        self._tools = tools
+
+    def read(self, deadline: Deadline, *, thorough: bool = False) -> Ruleset:
+        """POSTROUTING and the chains of ours that it jumps to; creates nothing.
+
+        About 2 ms a chain, whatever the size of the table. A native rule in the table makes
+        iptables-nft print nothing ("incompatible"): BackendFailed, and the caller goes on.
+        `thorough` also finds chains of ours that nothing jumps to, at the cost of a whole listing.
+        """
+        if self._tools.find(f"{self.family.command}-nft") is None:
+            # A node without these tools has no rules made by them.
+            return Ruleset(self.family, self.backend)
+        postrouting = self._list(POSTROUTING, deadline)
+        # Only by the jump: a chain that does not exist and one that is unreadable give the same
+        # message (1.8.9), and a chain of ours without a jump does nothing.
+        names = dict.fromkeys(own_jumps(postrouting))
+        if thorough:
+            names |= dict.fromkeys(
+                own_chains(
+                    self._tools.run([f"{self.family.command}-nft", "-t", "nat", "-S"], deadline)
+                )
+            )
+        own = tuple((name, self._list(name, deadline)) for name in names)
+        return Ruleset(self.family, self.backend, postrouting, own)
+
+    def _list(self, chain: str, deadline: Deadline) -> tuple[Rule, ...]:
+        argv = [f"{self.family.command}-nft", "-t", "nat", "-v", "-S", chain]
+        output = self._tools.run(argv, deadline)
+        try:
+            return parse_listing(output, chain)
+        except RuleError as error:
+            raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None
+
+    def apply(self, transaction: Transaction, deadline: Deadline) -> None:
+        """Writes a transaction: all of it or, with StaleRuleset or BackendFailed, nothing."""
+        argv = [f"{self.family.command}-nft-restore", "--noflush", "--counters"]
+        try:
+            self._tools.run(argv, deadline, stdin=restore_script(transaction))
+        except BackendFailed:
+            # The message differs from version to version; whether the rules are still those that
+            # were read does not.
+            actual = self.read(deadline)
+            if any(actual.chain(edit.chain) != edit.before for edit in transaction.edits):
+                raise StaleRuleset(f"{self.family.command}-nft: rules changed meanwhile") from None
+            raise
+
+
+def restore_script(transaction: Transaction) -> str:
+    """The input for `iptables-restore --noflush --counters`.
+
+    Chains of ours are written whole before the rules that jump to them, and deleted after.
+    """
+    lines = ["*nat"]
+    base = [edit for edit in transaction.edits if edit.chain == POSTROUTING]
+    own = [edit for edit in transaction.edits if edit.chain != POSTROUTING]
+    for edit in own:
+        if edit.after is not None:
+            lines.append(f":{edit.chain} - [0:0]")
+            lines += [f"-A {edit.chain} {rule.text}" for rule in edit.after]
+    for edit in base:
+        lines += _edit_lines(edit)
+    for edit in own:
+        if edit.after is None:
+            lines += [f"-F {edit.chain}", f"-X {edit.chain}"]
+    return "\n".join([*lines, "COMMIT", ""])
+
+
+def _edit_lines(edit: ChainEdit) -> Iterator[str]:
+    before, after = edit.before or (), edit.after or ()
+    # `-D` takes the first of equal rules. Where only some copies go, all go and the others return.
+    touched = {rule.text for rule in (*edit.removed, *edit.added)}
+    for text, copies in Counter(rule.text for rule in before if rule.text in touched).items():
+        yield from [f"-D {edit.chain} {text}"] * copies
+    last = max((n for n, rule in enumerate(after) if rule.text not in touched), default=-1)
+    for number, rule in enumerate(after):
+        if rule.text not in touched:
+            continue
+        prefix = f"[{rule.counters.packets}:{rule.counters.bytes}] " if rule.counters else ""
+        # Behind the last rule that stays, appending says the same and needs no number.
+        where = f"-A {edit.chain}" if number > last else f"-I {edit.chain} {number + 1}"
+        yield f"{prefix}{where} {rule.text}"

@@ -1,0 +1,109 @@
+"""Looks at the legacy tables from outside: whether they are in use, and whether they changed.
+
+Creates nothing, forks nothing, takes no lock. Does not know what a rule is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from snatd.core.model import Family
+
+# include/uapi/linux/netfilter_ipv4/ip_tables.h and netfilter_ipv6/ip6_tables.h
+_GET_INFO, _GET_ENTRIES = 64, 65
+_INFO = struct.Struct("=32sI5I5III")
+_ENTRIES_HEADER = struct.Struct("=32sI4x")
+# Four chains with their policies and the terminating error entry.
+_EMPTY_NAT_ENTRIES = 5
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where one family's struct ipt_entry keeps what is needed here, in bytes."""
+
+    domain: socket.AddressFamily
+    level: int
+    names: str
+    next_offset: int
+    counters: int
+
+
+_LAYOUTS = {
+    Family.V4: _Layout(socket.AF_INET, socket.IPPROTO_IP, "/proc/net/ip_tables_names", 90, 96),
+    Family.V6: _Layout(
+        socket.AF_INET6, socket.IPPROTO_IPV6, "/proc/net/ip6_tables_names", 142, 152
+    ),
+}
+_COUNTERS_SIZE = 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_in_use(family: Family) -> bool:
+    """Whether the legacy nat table of this network namespace holds more than its policies.
+
+    The kernel is asked only if the table is listed, because asking creates it (before 5.15 it is
+    listed in every namespace). Takes 10 us.
+    """
+    layout = _LAYOUTS[family]
+    try:
+        if "nat" not in Path(layout.names).read_text().split():
+            return False
+        with socket.socket(layout.domain, socket.SOCK_DGRAM) as handle:
+            entries, _ = _info(handle, layout)
+    except OSError:
+        return False
+    return entries > _EMPTY_NAT_ENTRIES
+
+
+def digest(family: Family) -> bytes:
+    """A fingerprint of the legacy nat table without its counters; empty where it is not in use.
+
+    74 us at 28 entries, 41 ms at 20,000 (measured).
+    """
+    layout = _LAYOUTS[family]
+    if not is_in_use(family):
+        return b""
+    try:
+        with socket.socket(layout.domain, socket.SOCK_DGRAM) as handle:
+            _, size = _info(handle, layout)
+            content = _getsockopt(
+                handle, layout.level, _GET_ENTRIES, _ENTRIES_HEADER.pack(b"nat", size), size
+            )
+    except OSError:
+        # Changed between the two questions: certainly different from what it was.
+        return os.urandom(8)
+    entries = bytearray(content[_ENTRIES_HEADER.size :])
+    zeros = bytes(_COUNTERS_SIZE)
+    position = 0
+    while position + layout.counters < len(entries):
+        start = position + layout.counters
+        entries[start : start + _COUNTERS_SIZE] = zeros
+        (length,) = struct.unpack_from("=H", entries, position + layout.next_offset)
+        if length == 0:
+            break
+        position += length
+    return hashlib.blake2b(entries, digest_size=16).digest()
+
+
+def _info(handle: socket.socket, layout: _Layout) -> tuple[int, int]:
+    """Number of entries and their size in bytes."""
+    request = b"nat".ljust(_INFO.size, b"\0")
+    answer = _INFO.unpack(_getsockopt(handle, layout.level, _GET_INFO, request, 0))
+    return answer[-2], answer[-1]
+
+
+def _getsockopt(handle: socket.socket, level: int, option: int, request: bytes, more: int) -> bytes:
+    # socket.getsockopt() cannot pass a request in, and these options are questions with arguments.
+    buffer = ctypes.create_string_buffer(request, len(request) + more)
+    length = ctypes.c_uint32(len(buffer))
+    if _libc.getsockopt(handle.fileno(), level, option, buffer, ctypes.byref(length)) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return buffer.raw[: length.value]

@@ -1,0 +1,95 @@
+"""Runs the node's own command line tools: with a deadline, without a shell, output apart.
+
+Does not know what any tool prints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from snatd.core.deadline import Deadline
+from snatd.core.errors import BackendBusy, BackendFailed
+
+# A service's PATH has these; an operator's `su` on Debian may not.
+SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass
+class Tools:
+    """Starts children and remembers their pids, so that our own writes are known as ours."""
+
+    own_pids: deque[int] = field(default_factory=lambda: deque(maxlen=512))
+
+    def find(self, name: str) -> str | None:
+        """The absolute path of a tool: by PATH first, then where distributions put it."""
+        return shutil.which(name) or shutil.which(name, path=SEARCH_PATH)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        deadline: Deadline,
+        stdin: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """What a tool printed. Blocks up to the deadline, then kills its whole process group.
+
+        Raises BackendBusy on a time-out, on exit 4 (iptables: another holds the lock) and where no
+        process could be made; BackendFailed on any other exit but 0, when the output is thrown away
+        since it may be cut (iptables prints half a list before it fails on an unknown extension).
+        """
+        path = self.find(argv[0])
+        if path is None:
+            raise BackendFailed(f"{argv[0]} is not installed, or not in PATH or {SEARCH_PATH}")
+        what = " ".join(argv)
+        limit_s = deadline.remaining_s(time.monotonic())
+        try:
+            child = subprocess.Popen(
+                [path, *argv[1:]],
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"PATH": SEARCH_PATH, **os.environ, "LC_ALL": "C", **(environment or {})},
+                start_new_session=True,
+            )
+        except OSError as error:
+            if isinstance(error, PermissionError | FileNotFoundError):
+                raise BackendFailed(f"{path} cannot be run: {error.strerror}") from None
+            raise BackendBusy(f"{path} cannot be started now: {error.strerror}") from None
+        self.own_pids.append(child.pid)
+        try:
+            out, err = child.communicate(os.fsencode(stdin) or None, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise BackendBusy(f"`{what}` did not answer within {limit_s:.1f} s") from None
+        finally:
+            self._end(child)
+        if child.returncode == 0:
+            return os.fsdecode(out)
+        said = " ".join(err.decode(errors="replace").split()) or "no message"
+        if child.returncode == 4:
+            raise BackendBusy(f"`{what}`: {said}")
+        raise BackendFailed(f"`{what}` failed ({_exit(child.returncode)}): {said}")
+
+    @staticmethod
+    def _end(child: subprocess.Popen[bytes]) -> None:
+        if child.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        for stream in (child.stdin, child.stdout, child.stderr):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+
+def _exit(returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"exit {returncode}"

@@ -1,0 +1,60 @@
+"""Wires the edges of this node for `daemon` and `cli`. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from snatd.config import Config
+from snatd.core.deadline import Deadline
+from snatd.core.errors import NotPermitted
+from snatd.core.model import Network, NodeState
+from snatd.core.plan import Transaction
+from snatd.core.revert import remember
+from snatd.host.flannel import read_lease
+from snatd.host.memory import MemoryFile
+from snatd.kernel.backends import all_tables, iptables_is
+from snatd.kernel.lock import XtablesLock
+from snatd.kernel.tools import Tools
+from snatd.reconcile import Edges
+
+_CAP_NET_ADMIN = 12
+
+
+def require_permission() -> None:
+    """Raises NotPermitted without CAP_NET_ADMIN, which even reading a table needs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapEff" and not int(value, 16) >> _CAP_NET_ADMIN & 1:
+            raise NotPermitted("reading nat tables needs CAP_NET_ADMIN: run it as root, by sudo")
+
+
+def open_edges(
+    config: Config, tools: Tools, complain: Callable[[str], None] = lambda _: None
+) -> Edges:
+    """The real edges. `complain` hears when what `revert` needs cannot be kept."""
+    lock = XtablesLock()
+
+    def read_node(deadline: Deadline) -> NodeState:
+        # Imported here: it costs 0.3 s, and a configuration error should not wait for that.
+        from snatd.kernel.links import has_ipv6, read_links
+
+        lease = read_lease(config.subnet_file)
+        links, routes = read_links()
+        return NodeState(lease, links, routes, has_ipv6(), iptables_is(tools, deadline))
+
+    memory_file = MemoryFile(config.state_dir)
+
+    def keep(transaction: Transaction, subnet: Network | None) -> None:
+        if subnet is None:
+            return
+        key = (transaction.family, transaction.backend)
+        try:
+            memories = memory_file.load()
+            memory = remember(transaction, subnet, memories.get(key))
+            if memories.get(key) != memory:
+                memory_file.store({**memories, key: memory})
+        except OSError as error:
+            complain(f"{memory_file.path}: {error.strerror}: `snatd revert` will have to guess")
+
+    return Edges(read_node, all_tables(tools, lock, config.policy.backend), keep)

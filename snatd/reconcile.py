@@ -1,0 +1,196 @@
+"""One pass: read the node, decide, read the rulesets, plan, apply, read back.
+
+The edges (what reads and writes) are arguments. Nothing is remembered from one pass to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Absent, Desired, desired
+from snatd.core.errors import BackendError, NotConverged, StaleRuleset
+from snatd.core.model import Backend, Family, Hold, Network, NodeState, Policy, Ruleset
+from snatd.core.plan import Transaction, applied, misplaced, plan, undone
+
+# How often a pass looks again at once when a rival wrote between its read and its write.
+_ROUNDS = 4
+
+
+class Tables(Protocol):
+    """The nat table of one family in one backend; the contract is tests/kernel/test_contract.py."""
+
+    family: Family
+
+    @property
+    def backend(self) -> Backend: ...
+
+    def read(self, deadline: Deadline, *, thorough: bool = False) -> Ruleset: ...
+
+    def apply(self, transaction: Transaction, deadline: Deadline) -> None: ...
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What a pass reads and writes through. `remember` is called before each write."""
+
+    read_node: Callable[[Deadline], NodeState]
+    tables: Sequence[Tables]
+    remember: Callable[[Transaction, Network | None], None]
+
+
+Wanted = Desired | Absent | Hold
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What could not be read or written. No family: the node itself could not be read."""
+
+    error: BackendError
+    family: Family | None = None
+    backend: Backend | None = None
+
+    def __str__(self) -> str:
+        where = " ".join(one.value for one in (self.family, self.backend) if one)
+        return f"{where + ': ' if where else ''}{self.error}"
+
+
+@dataclass(frozen=True)
+class View:
+    """One look: what the node is, what it should be, what the rulesets are, what is to be done."""
+
+    node: NodeState | None = None
+    wanted: Mapping[Family, Wanted] = field(default_factory=dict)
+    rulesets: tuple[Ruleset, ...] = ()
+    plan: tuple[Transaction, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """Why some of it cannot be told yet; each reason once."""
+        reasons = [one.reason for one in self.wanted.values() if isinstance(one, Hold)]
+        bridges = [one.bridge for one in self.wanted.values() if isinstance(one, Desired)]
+        reasons += [bridge.reason for bridge in bridges if isinstance(bridge, Hold)]
+        return tuple(dict.fromkeys(reasons))
+
+    @property
+    def in_sync(self) -> bool:
+        return not (self.plan or self.problems or self.holds)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass and what came of it. `view` is the last look, so an applied plan is not in it."""
+
+    view: View
+    applied: tuple[Transaction, ...] = ()
+
+
+def look(edges: Edges, policy: Policy, deadline: Deadline) -> View:
+    """Reads everything and plans; writes nothing. One backend's error leaves the others alone."""
+    try:
+        node = edges.read_node(deadline)
+    except BackendError as error:
+        return View(problems=(Problem(error),))
+    wanted = {family: desired(family, node, policy) for family in Family}
+    return _look_at_rules(View(node, wanted), edges, policy, deadline)
+
+
+def _look_at_rules(view: View, edges: Edges, policy: Policy, deadline: Deadline) -> View:
+    assert view.node is not None
+    rulesets: dict[Family, dict[Backend, Ruleset]] = {family: {} for family in view.wanted}
+    problems = []
+    for tables in edges.tables:
+        if isinstance(view.wanted[tables.family], Hold) or not view.node.has(tables.family):
+            continue
+        try:
+            rulesets[tables.family][tables.backend] = tables.read(deadline)
+        except BackendError as error:
+            # Of a family that is not leased we want nothing, so nothing is missing.
+            if isinstance(view.wanted[tables.family], Desired):
+                problems.append(Problem(error, tables.family, tables.backend))
+    transactions = [
+        transaction
+        for family, wanted in view.wanted.items()
+        if not isinstance(wanted, Hold)
+        for transaction in plan(wanted, rulesets[family], policy.backend or view.node.iptables_is)
+    ]
+    flat = tuple(ruleset for of_family in rulesets.values() for ruleset in of_family.values())
+    return replace(view, rulesets=flat, plan=tuple(transactions), problems=tuple(problems))
+
+
+def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
+    """Looks, applies what is missing and reads back, until nothing is or somebody is in the way."""
+    view = look(edges, policy, deadline)
+    done: list[Transaction] = []
+    errors: dict[tuple[Family, Backend], BackendError] = {}
+    for _ in range(_ROUNDS):
+        todo = [one for one in view.plan if not _gave_up(errors.get((one.family, one.backend)))]
+        if not todo:
+            break
+        for transaction in todo:
+            key = (transaction.family, transaction.backend)
+            errors.pop(key, None)
+            try:
+                _apply(transaction, view, edges, deadline)
+                done.append(transaction)
+            except BackendError as error:
+                errors[key] = error
+        view = _look_at_rules(view, edges, policy, deadline)
+    left = {(one.family, one.backend): one for one in view.plan}
+    for key, transaction in left.items():
+        errors.setdefault(key, _not_converged(transaction, view))
+    problems = tuple(
+        Problem(error, *key) for key, error in errors.items() if key in left or _gave_up(error)
+    )
+    return Pass(replace(view, problems=(*view.problems, *problems)), tuple(done))
+
+
+def _gave_up(error: BackendError | None) -> bool:
+    return error is not None and not isinstance(error, StaleRuleset)
+
+
+def _apply(transaction: Transaction, view: View, edges: Edges, deadline: Deadline) -> None:
+    wanted = view.wanted[transaction.family]
+    edges.remember(transaction, wanted.subnet if isinstance(wanted, Desired) else None)
+    tables = _tables_of(transaction, edges)
+    tables.apply(transaction, deadline)
+    fix = misplaced(transaction, tables.read(deadline))
+    if fix is not None:
+        tables.apply(fix, deadline)
+
+
+def _tables_of(transaction: Transaction, edges: Edges) -> Tables:
+    key = (transaction.family, transaction.backend)
+    return next(one for one in edges.tables if (one.family, one.backend) == key)
+
+
+def _not_converged(transaction: Transaction, view: View) -> NotConverged:
+    actual = next(
+        one
+        for one in view.rulesets
+        if (one.family, one.backend) == (transaction.family, transaction.backend)
+    )
+    return NotConverged(
+        f"still not as planned after {_ROUNDS} writes; is: "
+        f"{' | '.join(actual.lines())}; planned: "
+        f"{' | '.join(applied(actual, transaction).lines())}"
+    )
+
+
+def put_back(done: Pass, edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
+    """Undoes the transactions of a pass, last first; what failed is among the problems."""
+    undoing: list[Transaction] = []
+    problems: list[Problem] = []
+    for transaction in reversed(done.applied):
+        tables = _tables_of(transaction, edges)
+        try:
+            undo = undone(transaction, tables.read(deadline))
+            tables.apply(undo, deadline)
+            undoing.append(undo)
+        except BackendError as error:
+            problems.append(Problem(error, transaction.family, transaction.backend))
+    view = look(edges, policy, deadline)
+    return Pass(replace(view, problems=(*view.problems, *problems)), tuple(undoing))

@@ -1,0 +1,167 @@
+"""What a view means in words, in JSON and as an exit status. Pure; prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from snatd.core.desired import Desired
+from snatd.core.errors import BackendBusy
+from snatd.core.model import Hold, Lease, Ruleset, join
+from snatd.core.plan import Transaction
+from snatd.core.rules import own_jumps
+from snatd.reconcile import View
+
+EXIT_OK, EXIT_DRIFT, EXIT_WAITING, EXIT_FAILING = 0, 1, 3, 4
+EXIT_NOT_PERMITTED, EXIT_CONFIG = 77, 78
+
+
+def exit_code(view: View) -> int:
+    """Of several reasons, the one that most needs a person: failing, then drift, then waiting."""
+    if view.problems:
+        return EXIT_FAILING
+    if view.plan:
+        return EXIT_DRIFT
+    return EXIT_WAITING if view.holds else EXIT_OK
+
+
+def state(view: View) -> str:
+    return {
+        EXIT_OK: "in sync",
+        EXIT_DRIFT: "drift",
+        EXIT_WAITING: "waiting",
+        EXIT_FAILING: "degraded",
+    }[exit_code(view)]
+
+
+def headline(view: View) -> str:
+    """One line that answers "is it right?". ASCII, since systemd's STATUS goes through latin-1."""
+    if view.problems:
+        more = f" (and {len(view.problems) - 1} more)" if len(view.problems) > 1 else ""
+        return f"degraded: {view.problems[0]}{more}"
+    if view.plan:
+        return f"drift: {sum(len(one.removed) for one in view.plan)} rules to go, " + (
+            f"{sum(len(one.added) for one in view.plan)} to come"
+        )
+    if view.holds:
+        return f"waiting: {view.holds[0]}"
+    parts = [f"{one.subnet} keeps its address inside {join(one.networks)}" for one in _leased(view)]
+    return f"in sync: {'; '.join(parts)}"
+
+
+def _leased(view: View) -> Iterable[Desired]:
+    return (one for one in view.wanted.values() if isinstance(one, Desired))
+
+
+def diff(transactions: Iterable[Transaction]) -> tuple[str, ...]:
+    """`-` lines to go and `+` lines to come, under a head for each backend, with the reasons."""
+    lines: list[str] = []
+    for one in transactions:
+        lines.append(f"{one.family.value} {one.backend.value}:")
+        lines += [f"- {line}" for line in one.removed]
+        lines += [f"+ {line}" for line in one.added]
+        lines += [f"  because {reason.why}" for reason in one.reasons]
+    return tuple(lines)
+
+
+def cut_out_lines(view: View) -> tuple[str, ...]:
+    return tuple(f"{cut.network} ({cut.why})" for one in _leased(view) for cut in one.cut_outs)
+
+
+def document(view: View) -> dict[str, Any]:
+    """The view as JSON: the common part of `check --json`, `apply --json` and the status file."""
+    lease = view.node.lease if view.node else None
+    return {
+        "state": state(view),
+        "in_sync": view.in_sync,
+        "headline": headline(view),
+        "iptables_is": view.node.iptables_is.value if view.node else None,
+        "ipmasq": lease.ipmasq if isinstance(lease, Lease) else None,
+        "families": [
+            {
+                "family": one.family.value,
+                "subnet": str(one.subnet),
+                "networks": [str(network) for network in one.networks],
+                "cut_outs": [{"network": str(cut.network), "why": cut.why} for cut in one.cut_outs],
+                "bridge": None if isinstance(one.bridge, Hold) else one.bridge,
+            }
+            for one in _leased(view)
+        ],
+        "rulesets": [_ruleset(one) for one in view.rulesets],
+        "waiting_for": list(view.holds),
+        "problems": [
+            {
+                "family": one.family.value if one.family else None,
+                "backend": one.backend.value if one.backend else None,
+                "kind": one.error.label,
+                "message": str(one.error),
+            }
+            for one in view.problems
+        ],
+        "plan": [transaction_document(one) for one in view.plan],
+    }
+
+
+def _ruleset(ruleset: Ruleset) -> dict[str, Any]:
+    ours = [rule.text for rule in ruleset.postrouting if "--comment snatd " in f"{rule.text} "]
+    return {
+        "family": ruleset.family.value,
+        "backend": ruleset.backend.value,
+        "postrouting_rules": len(ruleset.postrouting),
+        "ours": [f"-A POSTROUTING {text}" for text in ours],
+        "own_chains": list(own_jumps(ruleset.postrouting)),
+    }
+
+
+def transaction_document(transaction: Transaction) -> dict[str, Any]:
+    return {
+        "family": transaction.family.value,
+        "backend": transaction.backend.value,
+        "remove": list(transaction.removed),
+        "add": list(transaction.added),
+        "reasons": [
+            {"change": reason.change.value, "why": reason.why} for reason in transaction.reasons
+        ],
+    }
+
+
+def is_busy(view: View) -> bool:
+    """Whether what is wrong may pass by itself: a lock or a tool that did not answer in time."""
+    return bool(view.problems) and all(isinstance(one.error, BackendBusy) for one in view.problems)
+
+
+def lines(view: View, transactions: Iterable[Transaction]) -> tuple[str, ...]:
+    """What `check` and `apply` print: the headline, the diff, and what else there is to know."""
+    notes = [f"waiting: {reason}" for reason in view.holds]
+    notes += [f"problem: {problem}" for problem in view.problems]
+    notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
+    head = headline(view)
+    return (head, *diff(transactions), *(note for note in notes if note != head))
+
+
+def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
+    """What `snatd status` prints of the daemon's word."""
+    rows: list[tuple[str, str]] = [("", f"{document['status']}")]
+    rows.append(("since", document["since"]))
+    for one in document["families"]:
+        rows.append(("subnet", f"{one['subnet']} on {one['bridge'] or 'no bridge yet'}"))
+        rows.append(("networks", ", ".join(one["networks"])))
+        rows += [("cut out", f"{cut['network']} ({cut['why']})") for cut in one["cut_outs"]]
+    for one in document["rulesets"]:
+        where = f"{one['family']} {one['backend']}"
+        rows.append((where, f"{one['postrouting_rules']} rules in POSTROUTING"))
+        rows += [("", rule) for rule in one["ours"]]
+    rows += [("waiting", reason) for reason in document["waiting_for"]]
+    rows += [("problem", problem["message"]) for problem in document["problems"]]
+    repair = document["last_repair"]
+    by = f", after {', '.join(repair['writers'])}" if repair and repair["writers"] else ""
+    last = f", last {repair['at']}{by}" if repair else ""
+    rows.append(("repairs", f"{document['repairs']}{last}"))
+    if event := document["last_event"]:
+        rows.append(("last event", f"{event['at']} {event['source']} {event['writer'] or ''}"))
+    if last_pass := document["last_pass"]:
+        took = f"{last_pass['duration_ms']} ms, because of {last_pass['trigger']}"
+        rows.append(("last pass", f"{last_pass['at']}, {took}"))
+    rows.append(("daemon", f"pid {document['pid']}, {document['mode']}, {document['version']}"))
+    width = max(len(name) for name, _ in rows)
+    return tuple(f"{name:{width}}  {value}".strip() if name else value for name, value in rows)
