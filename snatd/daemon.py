@@ -262,7 +262,8 @@ class Daemon:
             self._facts.fighting = None
         if self._schedule.fighting and was_fighting:
             return
-        for one in applied:
+        # A quick rival undoes a write before it is read back: one repair to a reader.
+        for one in dict.fromkeys(applied):
             for reason in one.reasons:
                 self._log.info(
                     reason.change.value,

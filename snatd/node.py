@@ -8,7 +8,7 @@ from pathlib import Path
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.errors import NotPermitted
-from snatd.core.model import Network, NodeState
+from snatd.core.model import Lease, Network, NodeState
 from snatd.core.plan import Transaction
 from snatd.core.revert import remember
 from snatd.host.flannel import read_lease
@@ -40,7 +40,8 @@ def open_edges(
         from snatd.kernel.links import has_ipv6, read_links
 
         lease = read_lease(config.subnet_file)
-        links, routes = read_links()
+        leased = lease.families if isinstance(lease, Lease) else ()
+        links, routes = read_links([family for family, _ in leased])
         return NodeState(lease, links, routes, has_ipv6(), iptables_is(tools, deadline))
 
     memory_file = MemoryFile(config.state_dir)

@@ -5,6 +5,7 @@ The edges (what reads and writes) are arguments. Nothing is remembered from one 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,8 +16,10 @@ from snatd.core.errors import BackendError, NotConverged, StaleRuleset
 from snatd.core.model import Backend, Family, Hold, Network, NodeState, Policy, Ruleset
 from snatd.core.plan import Transaction, applied, misplaced, plan, undone
 
-# How often a pass looks again at once when a rival wrote between its read and its write.
+# How often a pass looks again at once when a rival wrote between its read and its write, and how
+# often it writes the same thing when a rival undid it before it was read back.
 _ROUNDS = 4
+_WRITES = 2
 
 
 class Tables(Protocol):
@@ -126,8 +129,14 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
     view = look(edges, policy, deadline)
     done: list[Transaction] = []
     errors: dict[tuple[Family, Backend], BackendError] = {}
+    writes: Counter[tuple[Family, Backend]] = Counter()
     for _ in range(_ROUNDS):
-        todo = [one for one in view.plan if not _gave_up(errors.get((one.family, one.backend)))]
+        todo = [
+            one
+            for one in view.plan
+            if not _gave_up(errors.get((one.family, one.backend)))
+            and writes[one.family, one.backend] < _WRITES
+        ]
         if not todo:
             break
         for transaction in todo:
@@ -136,6 +145,7 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
             try:
                 _apply(transaction, view, edges, deadline)
                 done.append(transaction)
+                writes[key] += 1
             except BackendError as error:
                 errors[key] = error
         view = _look_at_rules(view, edges, policy, deadline)
@@ -174,7 +184,7 @@ def _not_converged(transaction: Transaction, view: View) -> NotConverged:
         if (one.family, one.backend) == (transaction.family, transaction.backend)
     )
     return NotConverged(
-        f"still not as planned after {_ROUNDS} writes; is: "
+        f"still not as planned after {_WRITES} writes; is: "
         f"{' | '.join(actual.lines())}; planned: "
         f"{' | '.join(applied(actual, transaction).lines())}"
     )

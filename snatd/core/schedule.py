@@ -84,7 +84,8 @@ class Schedule:
         waits = [self.resync_s]
         if self.failures:
             waits.append(self._doubling(self.retry_s, self.failures) * (1 + self.jitter / 4))
-        if self.asked:
+        # In a fight also unasked: the pass that finds quiet ends it.
+        if self.asked or self.fighting:
             waits.append(self._pace(now_s))
         return self.ended_s + min(waits)
 

@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from snatd.core.errors import BackendBusy, BackendFailed
-from snatd.core.model import DirectRoute, Interface, Link
+from snatd.core.model import DirectRoute, Family, Interface, Link
 
 _MAIN_TABLE = 254
 _UNICAST = 1
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _NO_IPV6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 
 
-def read_links() -> tuple[tuple[Link, ...], tuple[DirectRoute, ...]]:
-    """Devices with their addresses by index, and the direct routes of the main table. About 5 ms.
+def read_links(
+    families: Collection[Family],
+) -> tuple[tuple[Link, ...], tuple[DirectRoute, ...]]:
+    """Devices with their addresses by index, and the direct routes of the main table in some
+    families. About 3 ms for one.
 
     Raises BackendBusy where no socket can be had or the dump does not come, BackendFailed where
     the kernel refuses.
     """
     try:
         with IPRoute() as netlink:
-            names = {one["index"]: one.get_attr("IFLA_IFNAME") for one in netlink.get_links()}
+            names = dict(socket.if_nameindex())
             addresses: dict[int, list[Interface]] = {}
             for message in netlink.get_addr():
                 # On a point-to-point link IFA_ADDRESS is the peer's; IFA_LOCAL is ours.
@@ -41,7 +44,9 @@ def read_links() -> tuple[tuple[Link, ...], tuple[DirectRoute, ...]]:
                     interface = ipaddress.ip_interface(f"{address}/{message['prefixlen']}")
                     addresses.setdefault(message["index"], []).append(interface)
             routes = tuple(
-                route for family in _FAMILIES for route in _direct_routes(netlink, family, names)
+                route
+                for family in families
+                for route in _direct_routes(netlink, _DOMAINS[family], names)
             )
     except NetlinkError as error:
         raise BackendFailed(f"netlink refused a dump: {error}") from None

@@ -1,0 +1,361 @@
+"""The real daemon as a process: what wakes it, what it says, what it survives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.test_packets import NARROW, add, promises_hold, rules
+from tests.lab.netns import until
+from tests.lab.network import Lab, Node
+from tests.lab.process import Snatd
+from tests.lab.who import seen_by
+
+Start = Callable[..., Snatd]
+
+
+@pytest.fixture
+def node(lab: Lab) -> Node:
+    return lab.nodes[0]
+
+
+@pytest.fixture
+def start(lab: Lab, tmp_path: Path) -> Iterator[Start]:
+    """Starts daemons on the first node; ends them."""
+    running: list[Snatd] = []
+
+    def begin(**settings: object) -> Snatd:
+        snatd = Snatd(lab.nodes[0].host, tmp_path / str(len(running)), **settings)
+        running.append(snatd)
+        return snatd.start()
+
+    yield begin
+    for snatd in running:
+        snatd.close()
+        log = snatd.log_path.read_text() if snatd.log_path.exists() else ""
+        assert "Traceback" not in log, log
+
+
+def test_a_rule_put_back_is_narrowed_and_its_writer_named(
+    lab: Lab, node: Node, start: Start, backend: str
+) -> None:
+    node.write_lease()
+    snatd = start()
+    until(lambda: rules(node) == [NARROW], "our rule")
+    add(node, "-I", "POSTROUTING", *node.broad_rule)
+    until(lambda: rules(node) == [NARROW], "the repair", within_s=2)
+    event = snatd.wait_for("rule_narrowed")[-1]
+    assert event["removed"] == [f"-A POSTROUTING {' '.join(node.broad_rule)}"]
+    assert (event["family"], event["backend"]) == ("ipv4", backend)
+    if backend == "nft":  # nf_tables tells who committed; ip_tables does not
+        assert event["writer"].startswith("iptables (pid ")
+    promises_hold(lab)
+
+
+def test_our_rule_deleted_or_all_flushed_comes_back(node: Node, start: Start) -> None:
+    node.write_lease()
+    start()
+    add(node, "-D", "POSTROUTING", *NARROW.split(" "))
+    until(lambda: NARROW in all_rules(node), "our rule after -D")
+    add(node, "-F")
+    until(lambda: NARROW in all_rules(node), "our rule after -F")
+    node.host.run("nft", "flush", "ruleset")
+    until(lambda: NARROW in all_rules(node), "our rule after nft flush ruleset")
+
+
+def all_rules(node: Node) -> list[str]:
+    return rules(node, "iptables-nft") + rules(node, "iptables-legacy")
+
+
+def test_it_waits_for_the_lease_and_for_the_bridge(node: Node, start: Start) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    node.host.run("ip", "addr", "del", "172.7.21.1/24", "dev", "docker0")
+    snatd = start()
+    assert snatd.status()["state"] == "waiting"
+    assert "subnet.env: no such file" in snatd.status()["headline"]
+    node.write_lease()
+    until(lambda: "no device carries 172.7.21.1/24" in snatd.status()["headline"], "the bridge")
+    assert rules(node) == [" ".join(node.broad_rule)]
+    assert snatd.command("check").returncode == 3
+    node.host.run("ip", "addr", "add", "172.7.21.1/24", "dev", "docker0")
+    until(lambda: rules(node) == [NARROW], "the repair")
+    assert snatd.wait_for("hold_ended")
+
+
+def test_the_leases_directory_comes_and_goes(node: Node, start: Start) -> None:
+    shutil.rmtree(node.host.path("/run/flannel"))
+    snatd = start()
+    node.write_lease()
+    until(lambda: rules(node) == [NARROW], "a directory made after the start")
+    shutil.rmtree(node.host.path("/run/flannel"))
+    until(lambda: snatd.status()["state"] == "waiting", "the directory removed")
+    assert rules(node) == [NARROW], "unknown is not empty"
+    node.write_lease("172.4.0.0/14")
+    moved = NARROW.replace("172.7.0.0/16", "172.4.0.0/14")
+    until(lambda: rules(node) == [moved], "the directory made again")
+
+
+def test_a_lease_change_leaves_nothing_stale(node: Node, start: Start) -> None:
+    node.write_lease()
+    start()
+    node.host.run("ip", "addr", "add", "172.9.3.1/24", "dev", "docker0")
+    node.write_lease("172.9.0.0/16", subnet="172.9.3.1/24")
+    new = NARROW.replace("172.7.21.0", "172.9.3.0").replace("172.7.0.0", "172.9.0.0")
+    until(lambda: rules(node) == [new], "the new lease's rule alone")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "FLANNEL_NETWORK=172.7.0.0/16\n", "FLANNEL_SUBNET=172.7.21.1/24", "x\n", "\0"]
+)
+def test_a_broken_lease_changes_nothing(nft_lab: Lab, tmp_path: Path, content: str) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        node.host.path("/run/flannel/subnet.env").write_text(content)
+        until(lambda: snatd.status()["state"] == "waiting", "the broken file")
+        assert rules(node) == [NARROW]
+        assert "/run/flannel/subnet.env" in snatd.status()["headline"]
+
+
+def test_a_fifo_in_place_of_the_lease_does_not_block(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    os.mkfifo(node.host.path("/run/flannel/subnet.env"))
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        assert "not a regular file" in snatd.status()["headline"]
+
+
+def test_reload_takes_a_good_configuration_and_refuses_a_bad_one(node: Node, start: Start) -> None:
+    node.write_lease()
+    snatd = start()
+    snatd.write_config(networks=["not a network"], resync="soon")
+    snatd.signal(signal.SIGHUP)
+    refused = snatd.wait_for("configuration_refused")[0]
+    assert len(refused["why"]) == 2
+    snatd.wait_for_notification("new configuration refused")
+    assert snatd.command("status").returncode == 78, "the file is wrong for every command"
+    assert rules(node) == [NARROW]
+    snatd.write_config(networks=["172.9.0.0/16"], resync=60)
+    snatd.signal(signal.SIGHUP)
+    until(lambda: any("SNATD-POSTROUTING" in one for one in rules(node)), "the new networks")
+    snatd.wait_for("configuration_loaded")
+    reloading = [one for one in snatd.notifications if one.startswith("RELOADING=1")]
+    assert all("\nMONOTONIC_USEC=" in one for one in reloading)
+
+
+def test_usr1_writes_the_status_and_logs_a_summary(node: Node, start: Start) -> None:
+    node.write_lease()
+    snatd = start()
+    before = snatd.status()["written_at"]
+    snatd.signal(signal.SIGUSR1)
+    summary = snatd.wait_for("summary")[0]
+    assert summary["status"].startswith("in sync: 172.7.21.0/24")
+    assert snatd.status()["written_at"] > before
+
+
+def test_stop_leaves_the_rules_and_says_so(node: Node, start: Start) -> None:
+    node.write_lease()
+    snatd = start()
+    assert snatd.stop() == 0
+    snatd.wait_for("stopped")
+    assert rules(node) == [NARROW]
+    assert snatd.command("status").returncode == 3
+
+
+def test_one_daemon_a_node(start: Start) -> None:
+    snatd = start()
+    second = snatd.command("run")
+    assert second.returncode == 1
+    assert f"already running as pid {snatd.pid}" in second.stderr
+
+
+def test_kill_minus_nine_and_a_new_start_writes_nothing_needless(node: Node, start: Start) -> None:
+    node.write_lease()
+    first = start()
+    first.process.kill()
+    first.process.wait()
+    assert first.command("status").returncode == 3, "a dead daemon's word is not its word"
+    again = start()
+    assert again.status()["in_sync"]
+    assert again.status()["repairs"] == 0
+
+
+def test_observe_only_says_what_it_would_do(node: Node, start: Start) -> None:
+    node.write_lease()
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    snatd = start(mode="observe")
+    assert any(NARROW in line for line in snatd.wait_for("would_change")[0]["what"])
+    assert rules(node) == [" ".join(node.broad_rule)]
+    assert snatd.command("status").returncode == 1
+
+
+def test_silence_while_in_sync(node: Node, start: Start) -> None:
+    node.write_lease()
+    snatd = start(resync=1)
+    snatd.wait_for("rule_added")
+    said = len(snatd.events())
+    passes = snatd.status()["passes"]
+    until(lambda: snatd.status()["passes"] >= passes + 3, "three resyncs")
+    assert len(snatd.events()) == said
+
+
+def test_a_native_rule_in_the_nat_table_does_not_stop_the_other_backend(
+    nft_lab: Lab, tmp_path: Path
+) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        node.host.run(
+            "nft", "add", "rule", "ip", "nat", "POSTROUTING", "oifname", "x", "masquerade"
+        )
+        (failed,) = snatd.wait_for("backend_failed")
+        assert "ipv4 nft" in failed["what"][0]
+        assert snatd.status()["state"] == "degraded"
+        assert snatd.command("check").returncode == 4
+        add(node, "-A", "POSTROUTING", *node.broad_rule, command="iptables-legacy")
+        until(lambda: rules(node, "iptables-legacy") == [NARROW], "legacy's repair")
+
+
+def test_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path) as snatd:
+        add(
+            node, "-A", "POSTROUTING", "-s", "1.2.3.4/32", "-j", "RETURN", command="iptables-legacy"
+        )
+        snatd.start()
+        until(lambda: snatd.status()["passes"] >= 2, "the look after the watches were set up")
+        # Another lock file: what a program that knows nothing of the lock looks like.
+        node.host.shell(
+            "XTABLES_LOCKFILE=/dev/null iptables-legacy -t nat -I POSTROUTING "
+            + " ".join(node.broad_rule)
+        )
+        (event,) = snatd.wait_for("rule_narrowed", within_s=3)
+        assert event["trigger"] == "legacy-digest"
+        assert NARROW in rules(node, "iptables-legacy")
+
+
+def test_a_held_lock_is_waited_for_and_its_holder_named(lab: Lab, tmp_path: Path) -> None:
+    node = lab.nodes[0]
+    node.write_lease()
+    add(node, "-A", "POSTROUTING", *node.broad_rule, command="iptables-legacy")
+    with Snatd(node.host, tmp_path) as snatd, node.host.path("/run/xtables.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert snatd.command("check").returncode == 1, "looking needs no lock"
+        applied = snatd.command("apply")
+        assert applied.returncode == 4
+        assert f"/run/xtables.lock is held by pid {os.getpid()}" in applied.stdout
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert snatd.command("apply").returncode == 0
+
+
+def _shim(folder: Path, name: str, body: str) -> None:
+    """Puts another program in place of a tool, for this host only."""
+    folder.mkdir(exist_ok=True)
+    script = folder / name
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("exec sleep 600", "did not answer within"),
+        ("kill -9 $$", "killed by SIGKILL"),
+        ("echo garbage", "does not begin with its head line"),
+        ("true", "does not begin with its head line"),
+        ('printf -- "-P POSTROUTING ACCEPT\\n-A POSTROUTING -s 172"', "in the middle of a line"),
+        ("echo '-P POSTROUTING ACCEPT'; exit 3", "exit 3"),
+    ],
+)
+def test_a_broken_tool_is_told_and_recovered_from(
+    nft_lab: Lab, tmp_path: Path, body: str, says: str
+) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    folder = tmp_path / "shim"
+    folder.mkdir()
+    node.host.use_iptables(folder)
+    with Snatd(node.host, tmp_path / "snatd", resync=1) as snatd:
+        snatd.start()
+        assert rules(node, "iptables-nft") == [NARROW]
+        _shim(folder, "iptables-nft", body)
+        until(lambda: snatd.status()["state"] == "degraded", "the broken tool", within_s=20)
+        assert says in snatd.status()["headline"]
+        (folder / "iptables-nft").unlink()
+        until(lambda: snatd.status()["in_sync"], "the recovery", within_s=20)
+        assert rules(node, "iptables-nft") == [NARROW]
+
+
+def test_the_watchdog_is_fed_while_idle_and_while_a_tool_hangs(
+    nft_lab: Lab, tmp_path: Path
+) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    folder = tmp_path / "shim"
+    folder.mkdir()
+    node.host.use_iptables(folder)
+    with Snatd(node.host, tmp_path / "snatd", resync=1) as snatd:
+        snatd.start(WATCHDOG_USEC="2000000")
+        snatd.wait_for_notification("WATCHDOG=1", within_s=2)
+        _shim(folder, "iptables-nft", "exec sleep 600")
+        until(lambda: snatd.status()["state"] == "degraded", "the hanging tool", within_s=20)
+        snatd.notifications.clear()
+        snatd.wait_for_notification("WATCHDOG=1", within_s=20)
+
+
+def test_a_fight_is_backed_off_and_told_once(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        end_s = time.monotonic() + 30
+        while not snatd.events("fighting") and time.monotonic() < end_s:
+            add(node, "-I", "POSTROUTING", *node.broad_rule)
+        (fight,) = snatd.wait_for("fighting")
+        assert "iptables (pid" in fight["writer"]
+        snatd.wait_for_notification("fighting with")
+        assert snatd.command("status").returncode == 1
+        lines = len(snatd.events("rule_narrowed"))
+        assert lines < 60
+        until(lambda: snatd.events("fight_ended"), "peace", within_s=40)
+        assert rules(node) == [NARROW]
+
+
+def test_a_storm_of_foreign_rules_wakes_no_pass(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    storm = "*nat\n:KUBE-SVC - [0:0]\n" + "".join(
+        f"-A KUBE-SVC -d 10.96.{number // 250}.{number % 250}/32 -j RETURN\n"
+        for number in range(5000)
+    )
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        until(lambda: snatd.status()["passes"] >= 2, "the look after the watches were set up")
+        passes = snatd.status()["passes"]
+        for _ in range(3):
+            node.host.run("iptables-nft-restore", "--noflush", stdin=f"{storm}COMMIT\n")
+        snatd.signal(signal.SIGUSR1)
+        snatd.wait_for("summary")
+        assert snatd.status()["passes"] <= passes + 1
+        assert snatd.status()["in_sync"]
+
+
+def test_packets_are_right_through_a_hundred_rewrites(lab: Lab, node: Node, start: Start) -> None:
+    node.write_lease()
+    start()
+    neighbour = lab.nodes[1]
+    for _ in range(10):
+        add(node, "-I", "POSTROUTING", *node.broad_rule)
+        until(lambda: rules(node) == [NARROW], "the repair")
+        assert seen_by(node.container, neighbour.container_address) == node.container_address

@@ -1,0 +1,1 @@
+"""The network in namespaces that the demo, the tests and the benchmark stand on."""

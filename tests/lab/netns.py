@@ -1,0 +1,129 @@
+"""Network and mount namespaces that vanish with the process that made them, however it ends.
+
+A namespace lives as long as the process in it, and that process is killed by the kernel when its
+parent dies (PR_SET_PDEATHSIG). So nothing has a name, nothing collides and nothing is left over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CLONE_NEWNET = 0x40000000
+
+
+# In front of a command: the kernel kills it when its parent is gone, however that ended.
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+
+_UNSHARE = ("unshare", "--net", "--mount", "--propagation", "private")
+
+
+def until(condition: Callable[[], Any], what: str, within_s: float = 10.0) -> Any:
+    """Waits for a condition, never for a time. Returns what it gave; fails loudly at the end."""
+    end_s = time.monotonic() + within_s
+    while not (result := condition()):
+        if time.monotonic() > end_s:
+            raise AssertionError(f"not within {within_s:g} s: {what}")
+        time.sleep(0.003)
+    return result
+
+
+class Namespace:
+    """A host: a network namespace, and a mount namespace with a /run of its own."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            [*_DIE_WITH_PARENT, *_UNSHARE, "sleep", "infinity"],
+            start_new_session=True,
+        )
+        self.pid = self._holder.pid
+        self._environment: dict[str, str] = {}
+        until(lambda: _comm(self.pid) == "sleep", "a namespace of its own")
+        assert _netns(self.pid) != _netns(os.getpid()), "unshare gave no namespace"
+        # An address is good at once: nobody else here could have it (duplicate address detection).
+        self.shell(
+            "mount -t tmpfs tmpfs /run; mkdir /run/flannel; ip link set lo up; "
+            "for one in all default; do echo 0 > /proc/sys/net/ipv6/conf/$one/accept_dad; done"
+        )
+
+    def use_iptables(self, folder: Path) -> None:
+        """Puts a folder of commands first on the PATH of everything that runs here."""
+        self._environment["PATH"] = f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin"
+
+    def command(self, *argv: str) -> list[str]:
+        return ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *argv]
+
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        return {**os.environ, **self._environment, **(extra or {})}
+
+    def run(self, *argv: str, stdin: str | None = None, check: bool = True) -> str:
+        """Runs a command here and returns what it printed."""
+        done = subprocess.run(
+            self.command(*argv),
+            input=stdin,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"`{' '.join(argv)}`: exit {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def shell(self, script: str) -> str:
+        return self.run("sh", "-euc", script)
+
+    def popen(self, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Starts a command here; it dies with this process."""
+        options.setdefault("env", self.environment())
+        command = [*_DIE_WITH_PARENT, *self.command(*argv)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+
+    def path(self, path: str) -> Path:
+        """A file of this host, as seen from outside."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread's network is this host's for a while; sockets made here stay here."""
+        with open(f"/proc/{os.getpid()}/task/{_thread_id()}/ns/net") as home:
+            _enter(f"/proc/{self.pid}/ns/net")
+            try:
+                yield
+            finally:
+                _set(home.fileno())
+
+    def close(self) -> None:
+        self._holder.kill()
+        self._holder.wait()
+
+
+def _thread_id() -> int:
+    return threading.get_native_id()
+
+
+def _enter(path: str) -> None:
+    with open(path) as there:
+        _set(there.fileno())
+
+
+def _set(descriptor: int) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def _comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _netns(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")

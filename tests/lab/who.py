@@ -1,0 +1,108 @@
+"""A server that says who called, and the calls: the oracle of every claim about a packet."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+from contextlib import suppress
+
+from tests.lab.netns import Namespace
+
+PORT = 8080
+
+
+class WhoServer:
+    """Answers over TCP (a line of HTTP) and UDP with the caller's address."""
+
+    def __init__(self, host: Namespace, *addresses: str) -> None:
+        with host.entered():
+            self._tcp = socket.create_server(
+                ("", PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+            # One socket an address: a wildcard one would answer from the address nearest.
+            self._udp = [_udp_server(address) for address in addresses]
+        self.log: list[str] = []
+        self._selector = selectors.DefaultSelector()
+        for one in (self._tcp, *self._udp):
+            one.setblocking(False)
+            self._selector.register(one, selectors.EVENT_READ)
+        self._running = True
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while self._running:
+            for key, _ in self._selector.select(0.1):
+                with suppress(OSError):
+                    self._answer(key.fileobj)
+
+    def _answer(self, server: object) -> None:
+        assert isinstance(server, socket.socket)
+        if server is self._tcp:
+            connection, peer = server.accept()
+            with connection:
+                connection.settimeout(2)
+                body = f"{_plain(peer[0])}\n"
+                self.log.append(body.strip())
+                connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1)
+        else:
+            _, peer = server.recvfrom(64)
+            self.log.append(_plain(peer[0]))
+            server.sendto(_plain(peer[0]).encode(), peer)
+
+    def close(self) -> None:
+        self._running = False
+        self._thread.join(2)
+        for one in (self._tcp, *self._udp):
+            one.close()
+        self._selector.close()
+
+
+def _udp_server(address: str) -> socket.socket:
+    server = socket.socket(_family(address), socket.SOCK_DGRAM)
+    server.bind((address, PORT))
+    return server
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _plain(address: str) -> str:
+    return address.removeprefix("::ffff:")
+
+
+def seen_by(
+    host: Namespace, destination: str, timeout_s: float = 2.0, source: str | None = None
+) -> str | None:
+    """As whom a host is seen by a WhoServer, over TCP; None where no answer comes."""
+    with host.entered():
+        caller = socket.socket(_family(destination), socket.SOCK_STREAM)
+    with caller:
+        caller.settimeout(timeout_s)
+        if source is not None:
+            caller.bind((source, 0))
+        try:
+            caller.connect((destination, PORT))
+            answer = b""
+            while chunk := caller.recv(256):
+                answer += chunk
+        except OSError:
+            return None
+    return answer.decode().rpartition("\r\n")[2].strip() or None
+
+
+def seen_by_udp(host: Namespace, destination: str, timeout_s: float = 2.0) -> str | None:
+    """The same by one datagram: a new flow each time, and no handshake to wait for."""
+    with host.entered():
+        caller = socket.socket(_family(destination), socket.SOCK_DGRAM)
+    with caller:
+        caller.settimeout(timeout_s)
+        try:
+            caller.sendto(b"who", (destination, PORT))
+            return caller.recv(64).decode()
+        except OSError:
+            return None
