@@ -25,7 +25,7 @@ from snatd.core.model import (
     Ruleset,
     join,
 )
-from snatd.core.rules import SNAT_TARGETS, Match, Spec, Target, parse
+from snatd.core.rules import SNAT_TARGETS, Match, Spec, Target, is_ours, parse
 
 MASQUERADE = Target("MASQUERADE")
 
@@ -45,6 +45,16 @@ class ChainEdit:
     @property
     def added(self) -> tuple[Rule, ...]:
         return _minus(self.after or (), self.before or ())
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """The texts that a writer takes out and puts in again: what goes, what comes, and where
+        the rest is in another order, what is ours. A foreign rule is never moved."""
+        texts = frozenset(rule.text for rule in (*self.removed, *self.added))
+        before = [rule for rule in self.before or () if rule.text not in texts]
+        after = [rule for rule in self.after or () if rule.text not in texts]
+        moved = () if before == after else (rule.text for rule in after if is_ours(rule))
+        return texts.union(moved)
 
 
 class Change(enum.Enum):
@@ -132,8 +142,8 @@ class _Owned:
 _Kind = _Broad | _HandMade | _Owned | None
 
 
-def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired | None) -> _Kind:
-    """What a rule of POSTROUTING is to us; None is foreign. `wanted` None: only ours matter."""
+def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired) -> _Kind:
+    """What a rule of POSTROUTING is to us; None is foreign."""
     try:
         spec = parse(rule.text)
     except RuleError:
@@ -144,8 +154,7 @@ def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired | None) -> _Kind:
         )
     target = spec.target
     if (
-        wanted is None
-        or spec.source != wanted.subnet
+        spec.source != wanted.subnet
         or spec.source_negated
         or spec.others
         or "\n" in rule.text
@@ -354,9 +363,7 @@ def _chain_edits(
 
 def _without_ours(ruleset: Ruleset) -> Transaction:
     """All that is ours goes; for a family that the lease no longer has."""
-    kept = tuple(
-        rule for rule in ruleset.postrouting if not isinstance(_kind(rule, ruleset, None), _Owned)
-    )
+    kept = tuple(rule for rule in ruleset.postrouting if not is_ours(rule))
     edits = [ChainEdit(POSTROUTING, ruleset.postrouting, kept)] * (kept != ruleset.postrouting)
     edits += [ChainEdit(name, rules, None) for name, rules in ruleset.own_chains]
     reason = Reason(Change.STALE, f"flannel leases no {ruleset.family.value} subnet to this node")
@@ -366,26 +373,29 @@ def _without_ours(ruleset: Ruleset) -> Transaction:
 def misplaced(transaction: Transaction, actual: Ruleset) -> Transaction | None:
     """The transaction that moves ours to where it was meant to go, if a rival's write came between.
 
-    The number in an insert counts rules at the time of the write; where one was added or removed
-    before it, ours may stand on the wrong side of a foreign rule that was there all along.
+    The number in an insert counts rules at the time of the write. Where one was added or removed
+    before it, ours may stand on the wrong side of a foreign rule: of one that was read, or of one
+    that came to the head since and now stands right behind ours.
     """
     for edit in transaction.edits:
-        if edit.chain != POSTROUTING or not edit.after:
+        if edit.chain != POSTROUTING or not edit.after or not edit.removed:
             continue
-        new = {rule.text for rule in edit.added}
+        ours = {rule.text for rule in edit.added}
         order = [rule.text for rule in edit.after]
-        there = [rule.text for rule in actual.postrouting]
-        if len(set(order)) < len(order) or [t for t in there if t in order] == [
-            t for t in order if t in there
-        ]:
-            continue
-        moved = [rule for rule in actual.postrouting if rule.text not in new]
+        chain = [rule for rule in actual.postrouting if rule.text not in ours]
         for rule in actual.postrouting:
-            if rule.text in new:
-                moved.insert(_place(order, rule.text, moved), rule)
-        reason = Reason(Change.CHAIN, "another program wrote at the same moment; order restored")
-        fix = ChainEdit(POSTROUTING, actual.postrouting, tuple(moved))
-        return replace(transaction, edits=(fix,), reasons=(reason,))
+            if rule.text in ours:
+                before = set(order[: order.index(rule.text)])
+                place = max((n + 1 for n, one in enumerate(chain) if one.text in before), default=0)
+                while place < len(chain) and chain[place].text not in order:
+                    place += 1
+                chain.insert(place, rule)
+        if tuple(chain) != actual.postrouting:
+            reason = Reason(
+                Change.CHAIN, "another program wrote at the same moment: order restored"
+            )
+            fix = ChainEdit(POSTROUTING, actual.postrouting, tuple(chain))
+            return replace(transaction, edits=(fix,), reasons=(reason,))
     return None
 
 
@@ -406,19 +416,18 @@ def undone(transaction: Transaction, actual: Ruleset) -> Transaction:
             continue
         ours = {rule.text for rule in edit.added}
         back = [rule for rule in now or () if rule.text not in ours]
-        order = [rule.text for rule in edit.before or ()]
-        for rule in edit.removed:
-            old = replace(rule, like=likes.get((POSTROUTING, rule.text)))
-            back.insert(_place(order, rule.text, back), old)
+        gone = [rule.text for rule in edit.removed]
+        place = 0
+        for rule in edit.before or ():
+            if rule.text in gone:
+                gone.remove(rule.text)
+                back.insert(place, replace(rule, like=likes.get((POSTROUTING, rule.text))))
+                place += 1
+            elif rule in back[place:]:
+                place = back.index(rule, place) + 1
         edits.append(ChainEdit(POSTROUTING, now, tuple(back)))
     changed = tuple(edit for edit in edits if edit.before != edit.after)
     return replace(transaction, edits=changed, reasons=(Reason(Change.UNDONE, "not confirmed"),))
-
-
-def _place(order: list[str], text: str, chain: list[Rule]) -> int:
-    """Right behind the last rule of a chain that stands before a text in an order."""
-    before = set(order[: order.index(text)])
-    return max((n + 1 for n, rule in enumerate(chain) if rule.text in before), default=0)
 
 
 def _minus(minuend: tuple[Rule, ...], subtrahend: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from snatd.core.errors import RuleError
 from snatd.core.model import POSTROUTING, Network, Rule, Ruleset
 from snatd.core.plan import ChainEdit, Change, Reason, Shape, Transaction, owned_shape
-from snatd.core.rules import Spec, parse
+from snatd.core.rules import Spec, is_ours, parse
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,9 @@ def remember(transaction: Transaction, subnet: Network, before: Memory | None) -
     copies = Counter(dict(before.replaced)) if before and before.subnet == subnet else Counter()
     for edit in transaction.edits:
         if edit.chain == POSTROUTING:
-            found = Counter(rule.text for rule in edit.removed if not _is_ours(rule))
+            found = Counter(rule.text for rule in edit.removed if not is_ours(rule))
             copies |= found
     return Memory(subnet, tuple(copies.items()))
-
-
-def _is_ours(rule: Rule) -> bool:
-    try:
-        return parse(rule.text).owned
-    except RuleError:
-        return False
 
 
 def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Transaction:
@@ -57,7 +50,7 @@ def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Tr
     left = dict(memory.replaced) if memory and replay else {}
     after: list[Rule] = []
     for rule in ruleset.postrouting:
-        if not _is_ours(rule):
+        if not is_ours(rule):
             left.pop(rule.text, None)
             after.append(rule)
             continue

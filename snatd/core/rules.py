@@ -259,6 +259,14 @@ def _numbers(words: list[Token]) -> bool:
     return len(words) == 2 and all(word.raw.isascii() and word.raw.isdigit() for word in words)
 
 
+def is_ours(rule: Rule) -> bool:
+    """Whether a rule's whole comment is ours. What cannot be read is foreign."""
+    try:
+        return parse(rule.text).owned
+    except RuleError:
+        return False
+
+
 def own_jumps(postrouting: tuple[Rule, ...]) -> tuple[str, ...]:
     """The chains of ours that rules of ours jump to, each once."""
     found: dict[str, None] = {}

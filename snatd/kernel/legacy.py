@@ -18,18 +18,14 @@ from types import ModuleType
 from typing import Any
 
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendFailed, RuleError, StaleRuleset
+from snatd.core.errors import BackendFailed, StaleRuleset
 from snatd.core.model import POSTROUTING, Backend, Family, Rule, Ruleset
 from snatd.core.plan import MASQUERADE, ChainEdit, Transaction
-from snatd.core.rules import SNAT_TARGETS, Target, own_chains, own_jumps, parse, parse_listing
+from snatd.core.rules import SNAT_TARGETS, Match, Target, parse
 from snatd.kernel import peek
+from snatd.kernel.listing import is_as_read, read_ruleset
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.tools import Tools
-
-# A listing is one snapshot of the kernel's and needs no lock. iptables-legacy takes it all the
-# same, so its lock is pointed elsewhere: a rival who holds the true one cannot keep us from
-# looking, and our look does not wake those who watch that file, us among them.
-_NO_LOCK = {"XTABLES_LOCKFILE": "/dev/null"}
 
 
 class LegacyTables:
@@ -43,33 +39,14 @@ class LegacyTables:
         self._lock = lock
 
     def read(self, deadline: Deadline, *, thorough: bool = False) -> Ruleset:
-        """POSTROUTING and the chains of ours that it jumps to. Empty, and nothing created, where
-        the table is not in use: a mere `iptables-legacy -S` would leave it listed for good.
-        `thorough` also finds chains of ours that nothing jumps to, at the cost of a whole listing.
+        """Empty, and nothing created, where the table is not in use: a mere `iptables-legacy -S`
+        would leave it listed for good.
 
         1.2 ms at 100 rules, 24 ms at 10,000: iptables-legacy fetches the whole table.
         """
         if not peek.is_in_use(self.family):
             return Ruleset(self.family, self.backend)
-        postrouting = self._list(POSTROUTING, deadline)
-        names = dict.fromkeys(own_jumps(postrouting))
-        if thorough:
-            names |= dict.fromkeys(
-                own_chains(self._tools.run(self._argv(), deadline, environment=_NO_LOCK))
-            )
-        own = tuple((name, self._list(name, deadline)) for name in names)
-        return Ruleset(self.family, self.backend, postrouting, own)
-
-    def _argv(self) -> list[str]:
-        return [f"{self.family.command}-legacy", "-w", "1", "-t", "nat", "-v", "-S"]
-
-    def _list(self, chain: str, deadline: Deadline) -> tuple[Rule, ...]:
-        argv = [*self._argv(), chain]
-        output = self._tools.run(argv, deadline, environment=_NO_LOCK)
-        try:
-            return parse_listing(output, chain)
-        except RuleError as error:
-            raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None
+        return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
 
     def apply(self, transaction: Transaction, deadline: Deadline) -> None:
         """Writes a transaction whole, or raises StaleRuleset if anything that it is about moved.
@@ -82,10 +59,7 @@ class LegacyTables:
         with self._lock.held(deadline):
             before = peek.digest(self.family)
             with table:
-                actual = self.read(deadline)
-                for edit in transaction.edits:
-                    if (actual.chain(edit.chain) or ()) != (edit.before or ()):
-                        raise StaleRuleset(f"{self.family.command}-legacy: rules changed meanwhile")
+                actual = is_as_read(transaction, self._tools, deadline)
                 table.edit(transaction, actual)
                 if peek.digest(self.family) != before:
                     raise StaleRuleset(
@@ -147,11 +121,11 @@ class _Table:
 
     def edit(self, transaction: Transaction, actual: Ruleset) -> None:
         """Prepares all edits in the library's copy of the table; the kernel sees nothing yet."""
-        entries = {
-            (chain, rule.text): content
-            for chain in (POSTROUTING, *(name for name, _ in actual.own_chains))
-            for rule, content in self._entries(chain, actual)
-        }
+        entries: dict[tuple[str, str], bytes] = {}
+        for chain in (POSTROUTING, *(name for name, _ in actual.own_chains)):
+            for rule, content in self._entries(chain, actual):
+                # Of equal rules the first one stays, with its counters.
+                entries.setdefault((chain, rule.text), content)
         with self.translated():
             for edit in transaction.edits:
                 if edit.chain != POSTROUTING and edit.after is not None:
@@ -191,7 +165,7 @@ class _Table:
     def _edit_base_chain(self, edit: ChainEdit, entries: _Entries) -> None:
         # libiptc deletes the first of equal entries, so as on nft: where only some copies go, all
         # go and the others come back. The kernel sees only the end of it.
-        touched = {rule.text for rule in (*edit.removed, *edit.added)}
+        touched = edit.touched
         for rule in edit.before or ():
             if rule.text in touched:
                 gone = entries[edit.chain, rule.text]
@@ -207,14 +181,14 @@ class _Table:
         spec = parse(rule.text)
         if spec.target is None or spec.others:
             raise BackendFailed(f"not a rule that snatd writes: {rule.text}")
-        # The library writes addresses and interfaces; the rest of the entry is laid out here.
+        # The library writes the addresses; the rest of the entry is laid out here.
         new = self.rule_class()
         if spec.source is not None:
             new.src = f"{'!' * spec.source_negated}{spec.source}"
         if spec.destination is not None:
             new.dst = f"{'!' * spec.destination_negated}{spec.destination}"
         if spec.out is not None:
-            new.out_interface = f"{'!' * spec.out.negated}{spec.out.value}"
+            _set_out_interface(new.get_ip(), spec.out)
         matches = _comment_match(spec.comment) if spec.comment is not None else b""
         target = self._target(spec.target, entries.get(rule.like) if rule.like else None)
         entry = new.entry
@@ -246,6 +220,7 @@ _Entries = Mapping[tuple[str, str], bytes]
 _EXTENSION_HEADER = struct.Struct("=H29sB")
 _TARGET_NAME = struct.Struct("=29s")
 _COMMENT_BYTES = 256
+_INVERTED_OUT = 0x02  # IPT_INV_VIA_OUT and IP6T_INV_VIA_OUT
 # An int, padded. libiptc turns RETURN and the names of chains into verdicts itself.
 _VERDICT_BYTES = 8
 _MASQUERADE_PAYLOAD = {
@@ -254,6 +229,19 @@ _MASQUERADE_PAYLOAD = {
     # struct nf_nat_range
     Family.V6: bytes(40),
 }
+
+
+def _set_out_interface(header: Any, out: Match) -> None:
+    """As xtables_parse_interface does it, `+` at the end included.
+
+    The library's Rule6 fills the mask with ones instead of 0xff (1.0.1 to 1.2.0): the kernel would
+    compare the lowest bit of each letter, and docker2 would pass for docker0.
+    """
+    name = os.fsencode(out.value)
+    header.outiface = name
+    header.outiface_mask = b"\xff" * (len(name) - 1 if name.endswith(b"+") else len(name) + 1)
+    if out.negated:
+        header.invflags |= _INVERTED_OUT
 
 
 def _target_header(name: str, payload_bytes: int) -> bytes:

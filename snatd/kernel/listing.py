@@ -1,0 +1,72 @@
+"""Reads the rules of either backend by `iptables-… -t nat -v -S CHAIN`. Creates nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from snatd.core.deadline import Deadline
+from snatd.core.errors import BackendFailed, RuleError, StaleRuleset
+from snatd.core.model import POSTROUTING, Backend, Family, Rule, Ruleset
+from snatd.core.plan import Transaction
+from snatd.core.rules import own_chains, own_jumps, parse_listing
+from snatd.kernel.tools import Tools
+
+# A listing is one snapshot of the kernel's and needs no lock. iptables-legacy takes it all the
+# same, so its lock is pointed elsewhere: a rival who holds the true one cannot keep us from
+# looking, and our look does not wake those who watch that file, us among them.
+_NO_LOCK = {"XTABLES_LOCKFILE": "/dev/null"}
+
+
+def read_ruleset(
+    family: Family, backend: Backend, tools: Tools, deadline: Deadline, *, thorough: bool
+) -> Ruleset:
+    """POSTROUTING and the chains of ours that it jumps to; `thorough`: also those that nothing
+    jumps to, at the cost of a listing of the whole table.
+
+    Otherwise only by the jump, because iptables-nft 1.8.9 has one message for a chain that does
+    not exist and for one that it cannot print, and a chain of ours without a jump does nothing.
+    """
+    postrouting = _list(family, backend, tools, deadline, POSTROUTING)
+    names = dict.fromkeys(own_jumps(postrouting))
+    if thorough:
+        whole = tools.run(_argv(family, backend), deadline, environment=_NO_LOCK)
+        names |= dict.fromkeys(own_chains(whole))
+    own = tuple((name, _list(family, backend, tools, deadline, name)) for name in names)
+    return Ruleset(family, backend, postrouting, own)
+
+
+def is_as_read(transaction: Transaction, tools: Tools, deadline: Deadline) -> Ruleset:
+    """The rules that a transaction is about, if they are still as it was planned for.
+
+    Raises StaleRuleset if they are not.
+    """
+    family, backend = transaction.family, transaction.backend
+    actual = read_ruleset(family, backend, tools, deadline, thorough=False)
+    own = dict(actual.own_chains)
+    stale = StaleRuleset(f"{family.command}-{backend.value}: the rules changed meanwhile")
+    for edit in transaction.edits:
+        if edit.before is not None and edit.chain not in (POSTROUTING, *own):
+            try:
+                own[edit.chain] = _list(family, backend, tools, deadline, edit.chain)
+            except BackendFailed:
+                raise stale from None
+    actual = replace(actual, own_chains=tuple(own.items()))
+    if any((actual.chain(edit.chain) or ()) != (edit.before or ()) for edit in transaction.edits):
+        raise stale
+    return actual
+
+
+def _argv(family: Family, backend: Backend, *chain: str) -> list[str]:
+    wait = ("-w", "1") if backend is Backend.LEGACY else ()
+    return [f"{family.command}-{backend.value}", *wait, "-t", "nat", "-v", "-S", *chain]
+
+
+def _list(
+    family: Family, backend: Backend, tools: Tools, deadline: Deadline, chain: str
+) -> tuple[Rule, ...]:
+    argv = _argv(family, backend, chain)
+    output = tools.run(argv, deadline, environment=_NO_LOCK)
+    try:
+        return parse_listing(output, chain)
+    except RuleError as error:
+        raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None

@@ -1,0 +1,278 @@
+"""The commands of an operator: what they print, what they return, what they put back."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.test_packets import NARROW, add, rules
+from tests.lab.netns import until
+from tests.lab.network import Lab, Node
+from tests.lab.process import SNATD, Snatd
+
+SNAT_OPTIONS = "--to-source 10.4.7.21 --random-fully --persistent"
+
+
+@pytest.fixture
+def node(lab: Lab) -> Node:
+    lab.nodes[0].write_lease()
+    return lab.nodes[0]
+
+
+@pytest.fixture
+def snatd(node: Node, tmp_path: Path) -> Iterator[Snatd]:
+    with Snatd(node.host, tmp_path) as snatd:
+        yield snatd
+
+
+def broad(node: Node) -> str:
+    return " ".join(node.broad_rule)
+
+
+def test_check_prints_the_difference_and_changes_nothing(
+    node: Node, snatd: Snatd, backend: str
+) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    done = snatd.command("check")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert f"ipv4 {backend}:" in lines
+    assert f"- -A POSTROUTING {broad(node)}" in lines
+    assert f"+ -A POSTROUTING {NARROW}" in lines
+    assert any(line.startswith("  because it hides the addresses") for line in lines)
+    assert rules(node) == [broad(node)]
+    document = snatd.json("check")
+    assert document["in_sync"] is False
+    assert document["plan"][0]["backend"] == backend
+
+
+def test_check_creates_no_table(node: Node, snatd: Snatd) -> None:
+    for _ in range(2):
+        assert snatd.command("check").returncode == 1
+    assert node.host.run("nft", "list", "ruleset") == ""
+    for name in ("ip_tables_names", "ip6_tables_names"):
+        assert node.host.run("cat", f"/proc/net/{name}") == ""
+
+
+def test_apply_says_what_it_did_and_is_done(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    done = snatd.command("apply")
+    assert done.returncode == 0
+    assert f"+ -A POSTROUTING {NARROW}" in done.stdout
+    again = snatd.json("apply")
+    assert again["applied"] == []
+    assert again["in_sync"] is True
+
+
+def test_apply_beside_the_daemon(snatd: Snatd) -> None:
+    snatd.start()
+    assert snatd.command("apply").returncode == 0
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_revert_puts_back_text_place_and_copies(node: Node, snatd: Snatd, copies: int) -> None:
+    add(node, "-A", "POSTROUTING", "-s", "1.2.3.4/32", "-j", "RETURN")
+    for _ in range(copies):
+        add(node, "-A", "POSTROUTING", *node.broad_rule)
+    add(node, "-A", "POSTROUTING", "-s", "5.6.7.8/32", "-j", "RETURN")
+    before = rules(node)
+    assert snatd.command("apply").returncode == 0
+    assert rules(node) != before
+    done = snatd.command("revert")
+    assert done.returncode == 0, done.stderr
+    assert rules(node) == before
+    assert not (snatd.folder / "state" / "replaced.json").exists()
+
+
+def test_revert_puts_back_an_snat_with_its_options(node: Node, snatd: Snatd) -> None:
+    rule = f"-s {node.subnet} ! -o docker0 -j SNAT {SNAT_OPTIONS}"
+    add(node, "-A", "POSTROUTING", *rule.split(" "))
+    assert snatd.command("apply").returncode == 0
+    snatd.write_config(networks=["192.168.0.0/16"])
+    assert snatd.command("apply").returncode == 0
+    assert snatd.command("revert").returncode == 0
+    assert rules(node) == [rule]
+    assert "SNATD-" not in node.host.run("iptables", "-w", "5", "-t", "nat", "-S")
+
+
+def test_revert_where_there_was_none_leaves_none(node: Node, snatd: Snatd) -> None:
+    assert snatd.command("apply").returncode == 0
+    assert rules(node) == [NARROW]
+    assert snatd.json("revert")["problems"] == []
+    assert rules(node) == []
+    assert snatd.command("revert").stdout == "nothing of snatd's is here\n"
+
+
+def test_revert_without_a_memory_does_not_take_the_egress_away(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("apply").returncode == 0
+    (snatd.folder / "state" / "replaced.json").write_text("{")
+    assert snatd.command("revert").returncode == 0
+    assert rules(node) == [broad(node)]
+
+
+def test_revert_does_not_replay_a_memory_of_another_subnet(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("apply").returncode == 0
+    node.write_lease("172.9.0.0/16", subnet="172.9.3.1/24")
+    assert snatd.command("revert").returncode == 0
+    assert rules(node) == []
+
+
+def test_revert_removes_a_chain_that_nothing_jumps_to(node: Node, snatd: Snatd) -> None:
+    snatd.write_config(networks=["192.168.0.0/16"])
+    assert snatd.command("apply").returncode == 0
+    add(node, "-F", "POSTROUTING")
+    # Something of another owner, so that the table stays in use.
+    add(node, "-A", "POSTROUTING", "-s", "1.2.3.4/32", "-j", "RETURN")
+    assert snatd.command("revert").returncode == 0
+    assert "SNATD-" not in node.host.run("iptables", "-w", "5", "-t", "nat", "-S")
+
+
+def test_revert_refuses_while_the_daemon_runs(node: Node, snatd: Snatd) -> None:
+    snatd.start()
+    done = snatd.command("revert")
+    assert done.returncode == 1
+    assert f"pid {snatd.pid}" in done.stderr
+    assert rules(node) == [NARROW]
+
+
+def _applying(snatd: Snatd, seconds: int, **options: object) -> subprocess.Popen[bytes]:
+    arguments = ("apply", "--config", str(snatd.config), "--confirm", str(seconds))
+    return snatd.host.popen(SNATD, *arguments, stderr=subprocess.PIPE, **options)
+
+
+def test_an_unconfirmed_apply_is_put_back(node: Node, snatd: Snatd) -> None:
+    before = [broad(node), "-s 1.2.3.4/32 -j RETURN", broad(node)]
+    for rule in before:
+        add(node, "-A", "POSTROUTING", *rule.split(" "))
+    done = snatd.command("apply", "--confirm", "1")
+    assert done.returncode == 1
+    assert "not confirmed" in done.stderr
+    assert rules(node) == before
+
+
+def test_a_confirmed_apply_stays(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("confirm").returncode == 1, "nothing waits yet"
+    process = _applying(snatd, 30)
+    until(lambda: snatd.command("confirm").returncode == 0, "something to confirm")
+    assert process.wait(10) == 0
+    assert rules(node) == [NARROW]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_lost_terminal_counts_as_no(node: Node, snatd: Snatd, number: signal.Signals) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    process = _applying(snatd, 60)
+    assert process.stderr is not None
+    until(lambda: b"press a key" in (process.stderr.readline() if process.stderr else b""), "it")
+    process.send_signal(number)
+    assert process.wait(10) == 1
+    assert rules(node) == [broad(node)]
+
+
+def test_a_key_confirms(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    ours, theirs = pty.openpty()
+    command = [SNATD, "apply", "--config", str(snatd.config), "--confirm", "60"]
+    process = subprocess.Popen(
+        node.host.command(*command),
+        env=node.host.environment(),
+        stdin=theirs,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    until(lambda: b"press a key" in (process.stderr.readline() if process.stderr else b""), "it")
+    os.write(ours, b"y")
+    assert process.wait(10) == 0
+    assert rules(node) == [NARROW]
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_confirm_is_refused_beside_the_daemon(snatd: Snatd) -> None:
+    snatd.start()
+    assert "stop it first" in snatd.command("apply", "--confirm", "5").stderr
+
+
+def test_a_wrong_configuration_is_told_whole(snatd: Snatd) -> None:
+    snatd.config.write_text('mode = "enforced"\nexclude = ["10.0.0.1/8"]\nspeed = 1\n')
+    for command in ("run", "check", "apply", "status", "revert"):
+        done = snatd.command(command)
+        assert done.returncode == 78
+        lines = done.stderr.splitlines()
+        assert len(lines) == 3
+        assert all(str(snatd.config) in line for line in lines)
+
+
+def test_a_named_file_that_is_missing_is_a_mistake(snatd: Snatd) -> None:
+    snatd.config.unlink()
+    done = snatd.command("check")
+    assert done.returncode == 78
+    assert "no such file" in done.stderr
+
+
+def test_without_permission_it_says_so(node: Node, snatd: Snatd) -> None:
+    def unprivileged(command: str) -> subprocess.CompletedProcess[str]:
+        argv = node.host.command("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
+        argv += ["--reuid", "0", "--clear-groups", SNATD, command, "--config", str(snatd.config)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+
+    for command in ("check", "apply", "run", "revert"):
+        done = unprivileged(command)
+        assert done.returncode == 77, done.stderr
+        assert "CAP_NET_ADMIN" in done.stderr
+
+
+def test_status_needs_no_permission_and_neither_library(node: Node, snatd: Snatd) -> None:
+    snatd.start()
+    for path in (snatd.folder, *snatd.folder.parents):
+        if path.stat().st_uid == 0 and path.is_relative_to("/tmp") and path != Path("/tmp"):
+            path.chmod(0o755)
+    script = (
+        "import sys\nfrom snatd.cli import main\n"
+        f"code = main(['status', '--json', '--config', {str(snatd.config)!r}])\n"
+        "assert not {'pyroute2', 'iptc'} & set(sys.modules)\nsys.exit(code)"
+    )
+    argv = node.host.command(
+        "setpriv",
+        "--reuid",
+        "65534",
+        "--clear-groups",
+        SNATD.replace("snatd", "python"),
+        "-c",
+        script,
+    )
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["running"] is True
+    assert document["in_sync"] is True
+    assert document["families"][0]["bridge"] == "docker0"
+    for key in ("since", "repairs", "last_event", "last_pass", "rulesets", "pid", "schema"):
+        assert key in document
+
+
+def test_help_helps() -> None:
+    done = subprocess.run([SNATD, "--help"], capture_output=True, text=True, check=True)
+    for command in ("run", "check", "apply", "confirm", "status", "revert"):
+        assert command in done.stdout
+        one = subprocess.run([SNATD, command, "--help"], capture_output=True, text=True, check=True)
+        assert "--config PATH" in one.stdout
+        assert "exit status:" in one.stdout
+
+
+def test_status_is_fast_enough_to_be_a_probe(snatd: Snatd) -> None:
+    snatd.start()
+    started_s = time.monotonic()
+    assert snatd.command("status").returncode == 0
+    assert time.monotonic() - started_s < 5
