@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from snatd.core import networks
 from snatd.core.errors import ConfigError
 from snatd.core.model import (
     SHORTEST_PREFIX,
@@ -80,7 +80,7 @@ def load(path: Path | None = None) -> Config:
         table = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:
         raise ConfigError((f"{path}: not UTF-8 at byte {error.start}",)) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a bare ValueError
         raise ConfigError((f"{path}: not TOML: {error}",)) from None
     return from_table(table, str(path))
 
@@ -92,7 +92,7 @@ def from_table(table: dict[str, Any], where: str) -> Config:
     known = [one.name for one in fields(Config)]
     for key, value in table.items():
         if key not in known:
-            complaints.append(f"{where}: {key}: unknown key (known: {', '.join(known)})")
+            complaints.append(f"{where}: {_shown(key)}: unknown key (known: {', '.join(known)})")
             continue
         try:
             values[key] = _value(key, value)
@@ -101,6 +101,10 @@ def from_table(table: dict[str, Any], where: str) -> Config:
     if complaints:
         raise ConfigError(tuple(complaints))
     return Config(**values)
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 def _value(key: str, value: Any) -> Any:
@@ -135,7 +139,7 @@ def _network(value: Any, *, cluster: bool) -> Network:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a CIDR in quotes")
     try:
-        network = ipaddress.ip_network(value)
+        network = networks.network(value)
     except ValueError as error:
         raise ValueError(f"not a CIDR: {error}") from None
     family = Family.V4 if network.version == 4 else Family.V6

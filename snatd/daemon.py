@@ -231,7 +231,9 @@ class Daemon:
         bridges = {one.bridge for one in done.view.wanted.values() if isinstance(one, Desired)}
         for ear in self._ears:
             if isinstance(ear, LinkEar):
-                ear.devices = frozenset(link.index for link in links if link.name in bridges)
+                ear.bridges = {
+                    link.index: os.fsencode(link.name) for link in links if link.name in bridges
+                }
 
     def _rearm(self) -> None:
         if self._watch is not None:
@@ -309,12 +311,11 @@ class Daemon:
         self._say("state_not_kept", "warning", text)
 
     def _publish(self) -> None:
-        line = self._facts.headline()
-        self._notifier.status(line)
         try:
             status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
         except OSError as error:
             self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")
+        self._notifier.status(self._facts.headline())
 
     def _summarise(self) -> None:
         self._publish()

@@ -144,8 +144,13 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
             errors.pop(key, None)
             try:
                 _apply(transaction, view, edges, deadline)
-                done.append(transaction)
-                writes[key] += 1
+            except BackendError as error:
+                errors[key] = error
+                continue
+            done.append(transaction)
+            writes[key] += 1
+            try:
+                _put_right(transaction, edges, deadline)
             except BackendError as error:
                 errors[key] = error
         view = _look_at_rules(view, edges, policy, deadline)
@@ -165,8 +170,12 @@ def _gave_up(error: BackendError | None) -> bool:
 def _apply(transaction: Transaction, view: View, edges: Edges, deadline: Deadline) -> None:
     wanted = view.wanted[transaction.family]
     edges.remember(transaction, wanted.subnet if isinstance(wanted, Desired) else None)
+    _tables_of(transaction, edges).apply(transaction, deadline)
+
+
+def _put_right(transaction: Transaction, edges: Edges, deadline: Deadline) -> None:
+    """Reads back, and moves ours if a rival's write displaced it."""
     tables = _tables_of(transaction, edges)
-    tables.apply(transaction, deadline)
     fix = misplaced(transaction, tables.read(deadline))
     if fix is not None:
         tables.apply(fix, deadline)

@@ -9,7 +9,7 @@ from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy
 from snatd.core.model import Hold, Lease, Ruleset, join
 from snatd.core.plan import Transaction
-from snatd.core.rules import own_jumps
+from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
 
 EXIT_OK, EXIT_DRIFT, EXIT_WAITING, EXIT_FAILING = 0, 1, 3, 4
@@ -35,7 +35,15 @@ def state(view: View) -> str:
 
 
 def headline(view: View) -> str:
-    """One line that answers "is it right?". ASCII, since systemd's STATUS goes through latin-1."""
+    """One line that answers "is it right?".
+
+    Plain ASCII whatever rules and devices are called: systemd reads a line of its own in every
+    newline, and a status of any other encoding loses the whole message.
+    """
+    return "".join(one if " " <= one <= "~" else ascii(one)[1:-1] for one in _headline(view))
+
+
+def _headline(view: View) -> str:
     if view.problems:
         more = f" (and {len(view.problems) - 1} more)" if len(view.problems) > 1 else ""
         return f"degraded: {view.problems[0]}{more}"
@@ -46,7 +54,7 @@ def headline(view: View) -> str:
     if view.holds:
         return f"waiting: {view.holds[0]}"
     parts = [f"{one.subnet} keeps its address inside {join(one.networks)}" for one in _leased(view)]
-    return f"in sync: {'; '.join(parts)}"
+    return f"in sync: {'; '.join(parts) or 'nothing is leased in a family that this kernel has'}"
 
 
 def _leased(view: View) -> Iterable[Desired]:
@@ -103,7 +111,7 @@ def document(view: View) -> dict[str, Any]:
 
 
 def _ruleset(ruleset: Ruleset) -> dict[str, Any]:
-    ours = [rule.text for rule in ruleset.postrouting if "--comment snatd " in f"{rule.text} "]
+    ours = [rule.text for rule in ruleset.postrouting if is_ours(rule)]
     return {
         "family": ruleset.family.value,
         "backend": ruleset.backend.value,

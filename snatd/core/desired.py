@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 from snatd.core.model import (
     EgressPolicy,
@@ -22,6 +21,7 @@ from snatd.core.model import (
     Policy,
     join,
 )
+from snatd.core.networks import collapse, contains, overlaps, subtract
 
 # kube-proxy in IPVS mode puts every service address on this device. They are translated before
 # POSTROUTING, and cutting out thousands of them would only make the chain long.
@@ -70,7 +70,7 @@ def desired(family: Family, node: NodeState, policy: Policy) -> Desired | Absent
     if lease is None or not node.has(family):
         return Absent(family, certain=node.lease.whole)
     configured = _same_family(policy.networks, family)
-    networks = _collapse((*lease.networks, *configured))
+    networks = collapse((*lease.networks, *configured))
     if not any(contains(network, lease.subnet) for network in networks):
         return Hold(
             f"no network contains this node's subnet {lease.subnet} (known: {join(networks)}): "
@@ -179,31 +179,3 @@ def _host(address: Interface) -> Network:
 
 def _same_family(networks: Iterable[Network], family: Family) -> tuple[Network, ...]:
     return tuple(network for network in networks if network.version == family.version)
-
-
-def _collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
-    # collapse_addresses wants one version at a time; the callers have only one.
-    return tuple(cast(Iterable[Network], ipaddress.collapse_addresses(networks)))
-
-
-def contains(outer: Network, inner: Network) -> bool:
-    """Whether every address of `inner` is one of `outer`'s; False across versions."""
-    return outer.version == inner.version and inner.subnet_of(outer)  # type: ignore[arg-type]
-
-
-def overlaps(one: Network, other: Network) -> bool:
-    """Whether two networks share an address."""
-    return contains(one, other) or contains(other, one)
-
-
-def subtract(networks: Iterable[Network], hole: Network) -> tuple[Network, ...]:
-    """The networks without a hole, as the fewest prefixes, in order."""
-    left: list[Network] = []
-    for network in networks:
-        if contains(hole, network):
-            continue
-        if contains(network, hole):
-            left += cast(Iterable[Network], network.address_exclude(hole))  # type: ignore[arg-type]
-        else:
-            left.append(network)
-    return _collapse(left)

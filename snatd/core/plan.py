@@ -9,9 +9,10 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from snatd.core.desired import Absent, Desired, contains
+from snatd.core.desired import Absent, Desired
 from snatd.core.errors import RuleError
 from snatd.core.model import (
     OWN_CHAIN_PREFIX,
@@ -25,6 +26,7 @@ from snatd.core.model import (
     Ruleset,
     join,
 )
+from snatd.core.networks import contains
 from snatd.core.rules import SNAT_TARGETS, Match, Spec, Target, is_ours, parse
 
 MASQUERADE = Target("MASQUERADE")
@@ -144,6 +146,8 @@ _Kind = _Broad | _HandMade | _Owned | None
 
 def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired) -> _Kind:
     """What a rule of POSTROUTING is to us; None is foreign."""
+    if "\n" in rule.text:
+        return None
     try:
         spec = parse(rule.text)
     except RuleError:
@@ -157,7 +161,6 @@ def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired) -> _Kind:
         spec.source != wanted.subnet
         or spec.source_negated
         or spec.others
-        or "\n" in rule.text
         or target is None
         or target.goto
         or target.name not in SNAT_TARGETS
@@ -184,13 +187,12 @@ def owned_shape(text: str, spec: Spec, ruleset: Ruleset) -> Shape | None:
     if not rules:
         # Emptied by somebody. The plain chain's name says what it ended in; another's is lost.
         return Shape(spec.out, MASQUERADE) if name == chain_name(MASQUERADE) else None
-    try:
-        last = parse(rules[-1].text).target
-    except RuleError:
-        return None
-    if last is None or last.name not in SNAT_TARGETS:
-        return None
-    return Shape(spec.out, last, (name, rules[-1].text))
+    for rule in rules:
+        with suppress(RuleError):
+            target = parse(rule.text).target
+            if target is not None and target.name in SNAT_TARGETS:
+                return Shape(spec.out, target, (name, rule.text))
+    return None
 
 
 def chain_name(target: Target) -> str:
@@ -385,8 +387,7 @@ def misplaced(transaction: Transaction, actual: Ruleset) -> Transaction | None:
         chain = [rule for rule in actual.postrouting if rule.text not in ours]
         for rule in actual.postrouting:
             if rule.text in ours:
-                before = set(order[: order.index(rule.text)])
-                place = max((n + 1 for n, one in enumerate(chain) if one.text in before), default=0)
+                place = _behind(order[: order.index(rule.text)], chain)
                 while place < len(chain) and chain[place].text not in order:
                     place += 1
                 chain.insert(place, rule)
@@ -397,6 +398,14 @@ def misplaced(transaction: Transaction, actual: Ruleset) -> Transaction | None:
             fix = ChainEdit(POSTROUTING, actual.postrouting, tuple(chain))
             return replace(transaction, edits=(fix,), reasons=(reason,))
     return None
+
+
+def _behind(wanted: list[str], chain: list[Rule]) -> int:
+    """Right behind the last of some rules, met in a chain one after the other; copies count."""
+    place = 0
+    for text in wanted:
+        place = next((n + 1 for n in range(place, len(chain)) if chain[n].text == text), place)
+    return place
 
 
 def undone(transaction: Transaction, actual: Ruleset) -> Transaction:

@@ -41,30 +41,31 @@ def remember(transaction: Transaction, subnet: Network, before: Memory | None) -
 def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Transaction:
     """All that is ours goes, and what it stands for comes back in its place.
 
-    `today` is the subnet leased now, None if unknown: a memory of another subnet is not replayed.
-    Without any memory a rule of ours becomes the broad rule of its own shape again, since taking
-    it away would take away the egress too. What ours no longer stands for (somebody deleted it)
-    comes back at the end.
+    `today` is the subnet leased now, None if unknown: what belongs to another subnet goes without
+    a replacement, and a memory of another is not replayed. Where there is no memory of a rule's
+    subnet, it becomes the broad rule of its own shape again, since taking it away would take away
+    the egress too. What ours no longer stands for (somebody deleted it) comes back at the end.
     """
+    there = Counter(rule.text for rule in ruleset.postrouting)
     replay = memory is not None and today in (None, memory.subnet)
-    left = dict(memory.replaced) if memory and replay else {}
+    # What its owner has put back since is not put back again.
+    left = Counter(dict(memory.replaced)) - there if memory and replay else Counter[str]()
     after: list[Rule] = []
     for rule in ruleset.postrouting:
         if not is_ours(rule):
-            left.pop(rule.text, None)
             after.append(rule)
             continue
         spec = parse(rule.text)
         shape = owned_shape(rule.text, spec, ruleset)
-        if shape is None:
+        if shape is None or today not in (None, spec.source):
             continue
-        if memory is None:
+        if memory is None or memory.subnet != spec.source:
             broad = Spec(source=spec.source, out=shape.out, target=shape.target)
             after.append(Rule(str(broad), rule.counters, shape.origin))
-        elif replay and spec.source == memory.subnet:
-            for text in [text for text in left if _shape(text) == shape]:
-                first = Rule(text, rule.counters, shape.origin)
-                after += [first] + [replace(first, counters=None)] * (left.pop(text) - 1)
+            continue
+        for text in [text for text in left if _shape(text) == shape]:
+            first = Rule(text, rule.counters, shape.origin)
+            after += [first] + [replace(first, counters=None)] * (left.pop(text) - 1)
     for text, copies in left.items():
         after += [Rule(text)] * copies
     edits = (

@@ -5,7 +5,6 @@ Raises nothing but `RuleError`. Does not decide what a rule is worth; that is `p
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from snatd.core.errors import RuleError
 from snatd.core.model import OWN_CHAIN_PREFIX, OWN_COMMENT, Counters, Network, Rule
+from snatd.core.networks import network
 
 # iptables prints a string bare only if it consists of these (xtables_save_string, 1.4 to 1.8.13).
 _BARE = re.compile(r"[-_0-9A-Za-z]+\Z")
@@ -22,6 +22,8 @@ _DEVICE = re.compile(r"[^\s\"'\\!-][^\s\"'\\]*\Z")
 
 # iptables-restore reads lines of at most 10 kB; what is longer here is a string that never closes.
 _LONGEST_LINE = 65536
+
+_LONGEST_COUNTER = 20  # 2^64
 
 SNAT_TARGETS = ("MASQUERADE", "SNAT")
 
@@ -76,12 +78,12 @@ class Spec:
     def __str__(self) -> str:
         """In the order in which every iptables prints its options."""
         words: list[str] = []
-        for option, network, negated in (
+        for option, prefix, negated in (
             ("-s", self.source, self.source_negated),
             ("-d", self.destination, self.destination_negated),
         ):
-            if network is not None:
-                words += ["!"] * negated + [option, str(network)]
+            if prefix is not None:
+                words += ["!"] * negated + [option, str(prefix)]
         if self.out is not None:
             words += ["!"] * self.out.negated + ["-o", self.out.value]
         words += self.others
@@ -200,7 +202,7 @@ def _opens_option(token: Token) -> bool:
 
 def _network(value: str) -> Network:
     try:
-        return ipaddress.ip_network(value)
+        return network(value)
     except ValueError as error:
         raise RuleError(f"{value!r} is not a network: {error}") from None
 
@@ -249,18 +251,29 @@ def _listed_rule(line: str, chain: str) -> Rule:
     # `-c PACKETS BYTES` stands right before the target, or last where there is none.
     for position in range(len(words) - 3, 1, -1):
         if words[position].raw == "-c" and _numbers(words[position + 1 : position + 3]):
-            counters = Counters(int(words[position + 1].raw), int(words[position + 2].raw))
+            counters = Counters(_count(words[position + 1].raw), _count(words[position + 2].raw))
             del words[position : position + 3]
             break
     return Rule(" ".join(word.raw for word in words[2:]), counters)
 
 
 def _numbers(words: list[Token]) -> bool:
-    return len(words) == 2 and all(word.raw.isascii() and word.raw.isdigit() for word in words)
+    return len(words) == 2 and all(re.fullmatch("[0-9]+", word.raw) for word in words)
+
+
+def _count(digits: str) -> int:
+    if len(digits) > _LONGEST_COUNTER:
+        raise RuleError(f"a counter of {len(digits)} digits")
+    return int(digits)
 
 
 def is_ours(rule: Rule) -> bool:
-    """Whether a rule's whole comment is ours. What cannot be read is foreign."""
+    """Whether a rule's whole comment is ours.
+
+    What cannot be read is foreign, and so is what no restore could name: a string over two lines.
+    """
+    if "\n" in rule.text:
+        return False
     try:
         return parse(rule.text).owned
     except RuleError:
@@ -281,7 +294,7 @@ def own_jumps(postrouting: tuple[Rule, ...]) -> tuple[str, ...]:
 
 
 def own_chains(listing: str) -> tuple[str, ...]:
-    """The chains of ours in a listing of the whole table."""
+    """The chains of ours in a listing of the whole table. Raises RuleError where it is cut."""
     head = f"-N {OWN_CHAIN_PREFIX}"
-    lines = [line for line in listing.splitlines() if line.startswith(head)]
+    lines = [line for line in _logical_lines(listing) if line.startswith(head)]
     return tuple(line.split(" ")[1] for line in lines)

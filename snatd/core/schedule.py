@@ -83,7 +83,8 @@ class Schedule:
             return now_s
         waits = [self.resync_s]
         if self.failures:
-            waits.append(self._doubling(self.retry_s, self.failures) * (1 + self.jitter / 4))
+            spread = 1 - self.jitter / 4
+            waits.append(self._doubling(self.retry_s, self.failures) * spread)
         # In a fight also unasked: the pass that finds quiet ends it.
         if self.asked or self.fighting:
             waits.append(self._pace(now_s))

@@ -5,13 +5,11 @@ Never blocks and never reads more than 64 KiB, whatever stands at the path.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import stat
 from pathlib import Path
 
-from snatd.core.desired import contains
 from snatd.core.errors import LeaseError
 from snatd.core.model import (
     SHORTEST_PREFIX,
@@ -22,6 +20,7 @@ from snatd.core.model import (
     Lease,
     Network,
 )
+from snatd.core.networks import contains, interface, network
 
 LARGEST_FILE_BYTES = 64 * 1024
 
@@ -51,10 +50,13 @@ _WHY: dict[type[OSError], str] = {
 def _read(path: Path) -> str:
     # O_NONBLOCK: opening a FIFO for reading returns at once instead of waiting for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise LeaseError("not a regular file: remove it and restart flanneld")
-        content = file.read(LARGEST_FILE_BYTES + 1)
+        # A regular file gives all that it has in one read.
+        content = os.read(descriptor, LARGEST_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > LARGEST_FILE_BYTES:
         raise LeaseError(f"larger than {LARGEST_FILE_BYTES // 1024} KiB: not written by flannel")
     try:
@@ -77,7 +79,7 @@ def parse_lease(text: str) -> Lease:
         line, text_value = values[subnet_key]
         gateway = _interface(text_value, family, f"line {line}: {subnet_key}")
         subnet = gateway.network
-        if networks and not any(contains(network, subnet) for network in networks):
+        if networks and not any(contains(one, subnet) for one in networks):
             inside = values[network_key][1]
             raise LeaseError(
                 f"line {line}: {subnet_key}={gateway} lies outside {network_key}={inside}"
@@ -118,20 +120,20 @@ def _unquoted(value: str) -> str:
 
 def _interface(value: str, family: Family, where: str) -> Interface:
     try:
-        interface = ipaddress.ip_interface(value)
+        gateway = interface(value)
     except ValueError as error:
         raise LeaseError(f"{where}: {error}") from None
     if "/" not in value:
         raise LeaseError(f"{where}: {value!r} has no prefix length")
-    _check(interface.network, family, where)
-    return interface
+    _check(gateway.network, family, where)
+    return gateway
 
 
-def _check(network: Network, family: Family, where: str) -> None:
-    if network.version != family.version:
-        raise LeaseError(f"{where}: {network} is not {family.value}")
-    if network.prefixlen < SHORTEST_PREFIX[family]:
-        raise LeaseError(f"{where}: {network} is wider than /{SHORTEST_PREFIX[family]}")
+def _check(found: Network, family: Family, where: str) -> None:
+    if found.version != family.version:
+        raise LeaseError(f"{where}: {found} is not {family.value}")
+    if found.prefixlen < SHORTEST_PREFIX[family]:
+        raise LeaseError(f"{where}: {found} is wider than /{SHORTEST_PREFIX[family]}")
 
 
 def _networks(values: dict[str, tuple[int, str]], key: str, family: Family) -> tuple[Network, ...]:
@@ -142,11 +144,11 @@ def _networks(values: dict[str, tuple[int, str]], key: str, family: Family) -> t
     result: list[Network] = []
     for item in text.split(","):
         try:
-            network = ipaddress.ip_network(item.strip(" \t"), strict=False)
+            one = network(item.strip(" \t"), strict=False)
         except ValueError as error:
             raise LeaseError(f"line {line}: {key}: {error}") from None
-        _check(network, family, f"line {line}: {key}")
-        result.append(network)
+        _check(one, family, f"line {line}: {key}")
+        result.append(one)
     return tuple(result)
 
 
@@ -163,6 +165,6 @@ def _mtu(values: dict[str, tuple[int, str]]) -> int | None:
     if "FLANNEL_MTU" not in values:
         return None
     line, value = values["FLANNEL_MTU"]
-    if not (value.isdigit() and 68 <= int(value[:6]) <= 65536):
+    if not (re.fullmatch("[0-9]{2,5}", value) and 68 <= int(value) <= 65535):
         raise LeaseError(f"line {line}: FLANNEL_MTU={value[:20]!r} is not an MTU")
     return int(value)

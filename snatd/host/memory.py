@@ -34,7 +34,7 @@ class MemoryFile:
             }
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             # Half a memory is none: `revert` then restores the shape of our own rules.
             return {}
 

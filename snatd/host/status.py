@@ -32,7 +32,7 @@ def read(runtime_dir: Path) -> dict[str, Any] | None:
     try:
         document: dict[str, Any] = json.loads(path_in(runtime_dir).read_bytes())
         alive = _started_ticks(document["pid"]) == document["started_ticks"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return document if alive and document.get("schema") == SCHEMA else None
 

@@ -11,7 +11,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from snatd.core.model import Family
@@ -117,13 +117,15 @@ def _is_relevant(datagram: bytes) -> bool:
 
 
 _HEADER = struct.Struct("=IHHII")
+_RTM_DELLINK = 17
 _RTM_LINK, _RTM_ADDRESS, _RTM_ROUTE = (16, 17), (20, 21), (24, 25)
 _MAIN_TABLE, _UNICAST, _SCOPE_LINK = 254, 1, 253
-_RTA_DST = 1
+_RTA_DST, _IFLA_IFNAME = 1, 3
 
 
 class LinkEar:
-    """Changes of addresses and direct routes, and of `devices`, the bridges, by index.
+    """Changes of addresses and direct routes, and the end or another name of one of `bridges`,
+    which are names by index.
 
     Everything else about devices (a veth pair is a dozen messages) ends at its header.
     """
@@ -131,7 +133,7 @@ class LinkEar:
     source = "link"
 
     def __init__(self) -> None:
-        self.devices: frozenset[int] = frozenset()
+        self.bridges: Mapping[int, bytes] = {}
         self.overflows = 0
         self._socket = _listen(socket.NETLINK_ROUTE, _ROUTE_GROUPS)
 
@@ -154,7 +156,9 @@ class LinkEar:
         if len(body) < 12:
             return False
         if kind in _RTM_LINK:
-            return struct.unpack_from("=i", body, 4)[0] in self.devices
+            name = self.bridges.get(struct.unpack_from("=i", body, 4)[0])
+            renamed = _attribute_of(body[16:], _IFLA_IFNAME) != (name or b"") + b"\0"
+            return name is not None and (kind == _RTM_DELLINK or renamed)
         if kind in _RTM_ADDRESS:
             return not (body[0] == socket.AF_INET6 and body[3] == _SCOPE_LINK)
         if kind in _RTM_ROUTE:
@@ -165,14 +169,19 @@ class LinkEar:
 
 def _is_link_local(attributes: bytes) -> bool:
     """fe80::/10 and ff00::/8: one such route comes and goes with every veth."""
+    destination = _attribute_of(attributes, _RTA_DST)
+    return len(destination) == 16 and destination.startswith((b"\xff", b"\xfe\x80"))
+
+
+def _attribute_of(attributes: bytes, wanted: int) -> bytes:
+    """The value of one attribute; empty where there is none."""
     position = 0
     while position + 4 <= len(attributes):
         length, kind = struct.unpack_from("=HH", attributes, position)
-        if kind == _RTA_DST:
-            start = attributes[position + 4 : position + 6]
-            return length == 20 and (start[:1] == b"\xff" or start == b"\xfe\x80")
+        if kind == wanted:
+            return attributes[position + 4 : position + length]
         position += max(4, (length + 3) & ~3)
-    return False
+    return b""
 
 
 def _messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:

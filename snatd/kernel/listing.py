@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendFailed, RuleError, StaleRuleset
@@ -10,6 +12,8 @@ from snatd.core.model import POSTROUTING, Backend, Family, Rule, Ruleset
 from snatd.core.plan import Transaction
 from snatd.core.rules import own_chains, own_jumps, parse_listing
 from snatd.kernel.tools import Tools
+
+Parsed = TypeVar("Parsed")
 
 # A listing is one snapshot of the kernel's and needs no lock. iptables-legacy takes it all the
 # same, so its lock is pointed elsewhere: a rival who holds the true one cannot keep us from
@@ -29,8 +33,8 @@ def read_ruleset(
     postrouting = _list(family, backend, tools, deadline, POSTROUTING)
     names = dict.fromkeys(own_jumps(postrouting))
     if thorough:
-        whole = tools.run(_argv(family, backend), deadline, environment=_NO_LOCK)
-        names |= dict.fromkeys(own_chains(whole))
+        whole = _trusted(_argv(family, backend), tools, deadline, own_chains)
+        names |= dict.fromkeys(whole)
     own = tuple((name, _list(family, backend, tools, deadline, name)) for name in names)
     return Ruleset(family, backend, postrouting, own)
 
@@ -65,8 +69,14 @@ def _list(
     family: Family, backend: Backend, tools: Tools, deadline: Deadline, chain: str
 ) -> tuple[Rule, ...]:
     argv = _argv(family, backend, chain)
+    return _trusted(argv, tools, deadline, lambda output: parse_listing(output, chain))
+
+
+def _trusted(
+    argv: list[str], tools: Tools, deadline: Deadline, parser: Callable[[str], Parsed]
+) -> Parsed:
     output = tools.run(argv, deadline, environment=_NO_LOCK)
     try:
-        return parse_listing(output, chain)
+        return parser(output)
     except RuleError as error:
         raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None

@@ -220,7 +220,7 @@ def test_a_native_rule_in_the_nat_table_does_not_stop_the_other_backend(
         )
         (failed,) = snatd.wait_for("backend_failed")
         assert "ipv4 nft" in failed["what"][0]
-        assert snatd.status()["state"] == "degraded"
+        until(lambda: snatd.status()["state"] == "degraded", "it in the status file")
         assert snatd.command("check").returncode == 4
         add(node, "-A", "POSTROUTING", *node.broad_rule, command="iptables-legacy")
         until(lambda: rules(node, "iptables-legacy") == [NARROW], "legacy's repair")

@@ -97,7 +97,9 @@ class Snatd:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """What it logged so far, all events or those of one name."""
-        found = [json.loads(line) for line in self.log_path.read_text().splitlines() if line]
+        # The last line may be half-written.
+        whole = self.log_path.read_text().split("\n")[:-1]
+        found = [json.loads(line) for line in whole]
         return [one for one in found if name in (None, one["event"])]
 
     def wait_for(self, name: str, count: int = 1, within_s: float = 10.0) -> list[dict[str, Any]]:
