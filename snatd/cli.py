@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendError, ConfigError, NotPermitted
 from snatd.core.model import Hold, Network, Ruleset
 from snatd.core.plan import Transaction
-from snatd.host import journal, status
+from snatd.host import status
 from snatd.host.confirm import Confirmation, confirm
 from snatd.host.instance import AlreadyRunning, Instance
+from snatd.host.memory import MemoryFile
+from snatd.reconcile import Edges, View
 
 _PASS_S = 20.0
+_UNDO_S = 60.0
 
 _DESCRIPTION = """\
 Keeps the source address of container traffic inside a flannel network: the rule that masquerades
@@ -104,6 +108,7 @@ def _positive_seconds(text: str) -> float:
 
 def _run(options: argparse.Namespace) -> int:
     from snatd.daemon import Daemon
+    from snatd.host import journal
     from snatd.node import require_permission
 
     settings = config.load(options.config)
@@ -116,8 +121,8 @@ def _run(options: argparse.Namespace) -> int:
         return 1
 
 
-def _deadline() -> Deadline:
-    return Deadline(time.monotonic() + _PASS_S)
+def _deadline(limit_s: float = _PASS_S) -> Deadline:
+    return Deadline(time.monotonic() + limit_s)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -138,43 +143,71 @@ def _check(options: argparse.Namespace) -> int:
 def _apply(options: argparse.Namespace) -> int:
     from snatd.kernel.tools import Tools
     from snatd.node import open_edges, require_permission
-    from snatd.reconcile import put_back, reconcile
+    from snatd.reconcile import look, reconcile
 
     settings = config.load(options.config)
     require_permission()
-    confirmation = None
-    if options.confirm is not None:
-        _refuse_beside_the_daemon(settings)
-        confirmation = Confirmation(settings.runtime_dir)
     edges = open_edges(settings, Tools(), _warn)
+    if settings.mode == "observe":
+        view = look(edges, settings.policy, _deadline())
+        _warn('mode is "observe": nothing was written; this is what would be')
+        _tell(options, view, view.plan, applied=())
+        return report.exit_code(view)
+    if options.confirm is not None:
+        return _apply_until_confirmed(options, settings, edges)
     done = reconcile(edges, settings.policy, _deadline())
-    confirmed = None
-    if confirmation is not None and done.applied:
-        _print_lines(report.lines(done.view, done.applied), file=sys.stderr)
-        confirmed = confirmation.wait(options.confirm)
-        if not confirmed:
-            done = put_back(done, edges, settings.policy, _deadline())
-    if confirmation is not None:
-        confirmation.close()
-    if options.json:
-        changes = [report.transaction_document(one) for one in done.applied]
-        _print_json(report.document(done.view) | {"applied": changes, "confirmed": confirmed})
-    else:
-        _print_lines(report.lines(done.view, done.applied))
-        if confirmed is False:
-            _warn("not confirmed in time: everything is as it was before")
+    _tell(options, done.view, done.applied, applied=done.applied)
     return report.exit_code(done.view)
 
 
-def _refuse_beside_the_daemon(settings: config.Config) -> None:
+def _tell(
+    options: argparse.Namespace,
+    view: View,
+    shown: Sequence[Transaction],
+    **lists: Sequence[Transaction],
+) -> None:
+    """The view and the transactions to be shown, or as JSON the view and named lists of them."""
+    if options.json:
+        changes = {
+            name: [report.transaction_document(one) for one in ones] for name, ones in lists.items()
+        }
+        _print_json(report.document(view) | changes)
+    else:
+        _print_lines(report.lines(view, shown))
+
+
+def _apply_until_confirmed(
+    options: argparse.Namespace, settings: config.Config, edges: Edges
+) -> int:
+    from snatd.reconcile import put_back, reconcile
+
     instance = Instance(settings.runtime_dir)
     try:
         instance.take()
     except AlreadyRunning as error:
-        raise ConfigError(
-            (f"{error}: it would redo what --confirm puts back; stop it first",)
-        ) from None
+        _warn(f"{error}: it would redo what --confirm puts back; stop it first")
+        return 1
+    memory, remembered = MemoryFile(settings.state_dir), {}
+    with suppress(OSError):  # what cannot be read will not be written either, and that is told
+        remembered = memory.load()
+    confirmation = Confirmation(settings.runtime_dir)
+    done = reconcile(edges, settings.policy, _deadline())
+    if done.applied:
+        _print_lines(report.diff(done.applied), sys.stderr)
+    confirmed = not done.applied or confirmation.wait(options.confirm)
+    undoing = None if confirmed else put_back(done, edges, settings.policy, _deadline(_UNDO_S))
+    confirmation.close()
     instance.release()
+    if undoing is None:
+        _tell(options, done.view, (), applied=done.applied, undone=())
+        return report.exit_code(done.view)
+    for problem in undoing.problems:
+        _warn(f"NOT put back, the change is still in force: {problem}")
+    if not undoing.problems:
+        memory.store(remembered)
+        _warn("not confirmed in time: everything is as it was before")
+    _tell(options, undoing.view, (), applied=done.applied, undone=undoing.undone)
+    return report.EXIT_FAILING if undoing.problems else report.exit_code(undoing.view)
 
 
 def _confirm(options: argparse.Namespace) -> int:
@@ -188,8 +221,7 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    settings = config.load(options.config)
-    document = status.read(settings.runtime_dir)
+    document = status.read(config.runtime_dir(options.config))
     if document is None:
         if options.json:
             _print_json({"schema": status.SCHEMA, "running": False})
@@ -231,7 +263,6 @@ def _revert(options: argparse.Namespace) -> int:
 def _revert_all(settings: config.Config, tools: Any) -> tuple[list[Transaction], list[str]]:
     from snatd.core.revert import revert
     from snatd.host.flannel import read_lease
-    from snatd.host.memory import MemoryFile
     from snatd.kernel.backends import all_tables
     from snatd.kernel.lock import XtablesLock
 

@@ -72,7 +72,7 @@ def load(path: Path | None = None) -> Config:
         raw = path.read_bytes()
     except FileNotFoundError:
         if named:
-            raise ConfigError((f"{path}: no such file: name another with --config",)) from None
+            raise ConfigError((f"{path}: no such file, but --config names it",)) from None
         return Config()
     except OSError as error:
         raise ConfigError((f"{path}: cannot be read: {error.strerror}",)) from None
@@ -83,6 +83,23 @@ def load(path: Path | None = None) -> Config:
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a bare ValueError
         raise ConfigError((f"{path}: not TOML: {error}",)) from None
     return from_table(table, str(path))
+
+
+def runtime_dir(path: Path | None = None) -> Path:
+    """Where the daemon's word is, also while the rest of the file is wrong.
+
+    Raises ConfigError only for a named file that is missing.
+    """
+    try:
+        return load(path).runtime_dir
+    except ConfigError:
+        if path is not None and not path.exists():
+            raise
+    try:
+        table = tomllib.loads((path or DEFAULT_PATH).read_text())
+        return _path(table["runtime_dir"])
+    except (OSError, ValueError, RecursionError, KeyError):
+        return Config.runtime_dir
 
 
 def from_table(table: dict[str, Any], where: str) -> Config:

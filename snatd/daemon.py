@@ -19,7 +19,8 @@ from typing import Any
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import ConfigError
+from snatd.core.errors import BackendBusy, ConfigError
+from snatd.core.model import join
 from snatd.core.plan import Transaction
 from snatd.core.schedule import Schedule
 from snatd.facts import Facts, now
@@ -190,7 +191,7 @@ class Daemon:
             journal.configure(new.log_format, new.log_level)
             self._log = journal.logger()
             self._edges = open_edges(new, self._tools, self._complain)
-            self._schedule = Schedule(resync_s=new.resync, ended_s=self._schedule.ended_s)
+            self._schedule = replace(self._schedule, resync_s=new.resync)
             self._told.clear()
             if self._watch is not None:
                 self._watch.stop()
@@ -255,7 +256,7 @@ class Daemon:
         duration_s: float,
         was_fighting: bool,
     ) -> None:
-        names = ", ".join(map(str, writers)) or None
+        names = join(list(writers)) if writers else None
         if self._schedule.fighting and not was_fighting:
             self._facts.fighting = names or "a program that the kernel does not name"
             self._log.warning("fighting", writer=names, hint="it undoes every repair; backing off")
@@ -289,18 +290,33 @@ class Daemon:
         busy = report.is_busy(view) and self._schedule.failures < 3
         if not busy:
             level = "warning" if report.is_busy(view) else "error"
-            self._say("backend_failed", level, list(map(str, view.problems)), over="recovered")
+            # Who holds a lock changes; that it is held is one and the same trouble.
+            same = [
+                one.error.label if isinstance(one.error, BackendBusy) else str(one)
+                for one in view.problems
+            ]
+            self._say(
+                "backend_failed", level, list(map(str, view.problems)), same, over="recovered"
+            )
         if view.node is not None and not view.node.ipv6:
             self._say("ipv6_skipped", "info", "IPv6 is switched off in this kernel")
         if self._settings.mode == "observe":
             self._say("would_change", "warning", list(report.diff(view.plan)), over="in_sync")
 
     def _say(
-        self, event: str, level: str, what: Any, over: str | None = None, **fields: Any
+        self,
+        event: str,
+        level: str,
+        what: Any,
+        same: Any = None,
+        over: str | None = None,
+        **fields: Any,
     ) -> None:
-        """Logs an event when its content differs from the last time; `over` when it is empty."""
-        before, self._told[event] = self._told.get(event), what
-        if what == before or (not what and not before):
+        """Logs an event when its content (or `same`, what matters of it) differs from the last
+        time; `over` when it is empty."""
+        matters = what if same is None else same
+        before, self._told[event] = self._told.get(event), matters
+        if matters == before or (not matters and not before):
             return
         if what:
             getattr(self._log, level)(event, what=what, **fields)

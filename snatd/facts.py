@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from snatd import __version__, report
+from snatd.core.model import count
 from snatd.host import journal
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass
@@ -33,7 +34,7 @@ class Facts:
         self, done: Pass, triggers: Counter[str], writers: dict[Writer, None], duration_s: float
     ) -> None:
         self.passes += 1
-        self.repairs += len(done.applied)
+        self.repairs += len(dict.fromkeys(done.applied))
         self._view = report.document(done.view)
         state = report.state(done.view)
         if state != self._state:
@@ -56,10 +57,12 @@ class Facts:
         """STATUS=: what most needs to be known comes first."""
         line = str(self._view.get("headline", "starting"))
         if self.fighting:
-            line = f"fighting with {self.fighting}, which undoes every repair; {line}"
+            line = (
+                f"fighting with {self.fighting}, which undoes each repair; at the last look {line}"
+            )
         if self.refused:
             line = f"new configuration refused, the old one is in force ({self.refused}); {line}"
-        return f"{line}; {self.repairs} repairs"
+        return f"{line}; {count(self.repairs, 'repair')}"
 
     def document(self, mode: str) -> dict[str, Any]:
         return {

@@ -56,6 +56,9 @@ def open_edges(
             if memories.get(key) != memory:
                 memory_file.store({**memories, key: memory})
         except OSError as error:
-            complain(f"{memory_file.path}: {error.strerror}: `snatd revert` will have to guess")
+            complain(
+                f"state_dir: {memory_file.path} cannot be kept: {error.strerror}: "
+                "`snatd revert` will not know what was there before"
+            )
 
     return Edges(read_node, all_tables(tools, lock, config.policy.backend), keep)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Absent, Desired, desired
-from snatd.core.errors import BackendError, NotConverged, StaleRuleset
+from snatd.core.errors import BackendBusy, BackendError, NotConverged, StaleRuleset
 from snatd.core.model import Backend, Family, Hold, Network, NodeState, Policy, Ruleset
 from snatd.core.plan import Transaction, applied, misplaced, plan, undone
 
@@ -20,6 +21,8 @@ from snatd.core.plan import Transaction, applied, misplaced, plan, undone
 # often it writes the same thing when a rival undid it before it was read back.
 _ROUNDS = 4
 _WRITES = 2
+# Each try waits up to 5 s for a lock: a minute in all.
+_UNDO_TRIES = 12
 
 
 class Tables(Protocol):
@@ -199,17 +202,37 @@ def _not_converged(transaction: Transaction, view: View) -> NotConverged:
     )
 
 
-def put_back(done: Pass, edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
-    """Undoes the transactions of a pass, last first; what failed is among the problems."""
+@dataclass(frozen=True)
+class Undoing:
+    """What came of undoing a pass: what was undone, and what could not be."""
+
+    view: View
+    undone: tuple[Transaction, ...]
+    problems: tuple[Problem, ...]
+
+
+def put_back(done: Pass, edges: Edges, policy: Policy, deadline: Deadline) -> Undoing:
+    """Undoes the transactions of a pass, last first. Tries hard: somebody may depend on it."""
     undoing: list[Transaction] = []
     problems: list[Problem] = []
     for transaction in reversed(done.applied):
-        tables = _tables_of(transaction, edges)
         try:
-            undo = undone(transaction, tables.read(deadline))
-            tables.apply(undo, deadline)
-            undoing.append(undo)
+            undoing.append(_undo(transaction, _tables_of(transaction, edges), deadline))
         except BackendError as error:
             problems.append(Problem(error, transaction.family, transaction.backend))
-    view = look(edges, policy, deadline)
-    return Pass(replace(view, problems=(*view.problems, *problems)), tuple(undoing))
+    return Undoing(look(edges, policy, deadline), tuple(undoing), tuple(problems))
+
+
+def _undo(transaction: Transaction, tables: Tables, deadline: Deadline) -> Transaction:
+    for _ in range(_UNDO_TRIES - 1):
+        # A held lock or a rival's write is no reason to leave a half-finished change behind.
+        with suppress(BackendBusy, StaleRuleset):
+            return _undo_once(transaction, tables, deadline)
+    return _undo_once(transaction, tables, deadline)
+
+
+def _undo_once(transaction: Transaction, tables: Tables, deadline: Deadline) -> Transaction:
+    undo = undone(transaction, tables.read(deadline))
+    if undo.edits:
+        tables.apply(undo, deadline)
+    return undo

@@ -7,7 +7,7 @@ from typing import Any
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy
-from snatd.core.model import Hold, Lease, Ruleset, join
+from snatd.core.model import Hold, Lease, Ruleset, count, join
 from snatd.core.plan import Transaction
 from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
@@ -48,12 +48,13 @@ def _headline(view: View) -> str:
         more = f" (and {len(view.problems) - 1} more)" if len(view.problems) > 1 else ""
         return f"degraded: {view.problems[0]}{more}"
     if view.plan:
-        return f"drift: {sum(len(one.removed) for one in view.plan)} rules to go, " + (
-            f"{sum(len(one.added) for one in view.plan)} to come"
+        go = sum(len(one.removed) for one in view.plan)
+        return (
+            f"drift: {count(go, 'rule')} to go, {sum(len(one.added) for one in view.plan)} to come"
         )
     if view.holds:
         return f"waiting: {view.holds[0]}"
-    parts = [f"{one.subnet} keeps its address inside {join(one.networks)}" for one in _leased(view)]
+    parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in _leased(view)]
     return f"in sync: {'; '.join(parts) or 'nothing is leased in a family that this kernel has'}"
 
 
@@ -140,11 +141,11 @@ def is_busy(view: View) -> bool:
 
 def lines(view: View, transactions: Iterable[Transaction]) -> tuple[str, ...]:
     """What `check` and `apply` print: the headline, the diff, and what else there is to know."""
-    notes = [f"waiting: {reason}" for reason in view.holds]
-    notes += [f"problem: {problem}" for problem in view.problems]
-    notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
     head = headline(view)
-    return (head, *diff(transactions), *(note for note in notes if note != head))
+    notes = [f"waiting: {reason}" for reason in view.holds if reason not in head]
+    notes += [f"problem: {problem}" for problem in view.problems if str(problem) not in head]
+    notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
+    return (head, *diff(transactions), *notes)
 
 
 def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
@@ -157,12 +158,12 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         rows += [("cut out", f"{cut['network']} ({cut['why']})") for cut in one["cut_outs"]]
     for one in document["rulesets"]:
         where = f"{one['family']} {one['backend']}"
-        rows.append((where, f"{one['postrouting_rules']} rules in POSTROUTING"))
+        rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
         rows += [("", rule) for rule in one["ours"]]
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]
     repair = document["last_repair"]
-    by = f", after {', '.join(repair['writers'])}" if repair and repair["writers"] else ""
+    by = f", after {join(repair['writers'])}" if repair and repair["writers"] else ""
     last = f", last {repair['at']}{by}" if repair else ""
     rows.append(("repairs", f"{document['repairs']}{last}"))
     if event := document["last_event"]:

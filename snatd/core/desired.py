@@ -53,6 +53,12 @@ class Desired:
     add_egress: bool
     flannel_egress_counts: bool
 
+    @property
+    def inside(self) -> str:
+        """The networks as a person would say it."""
+        cut_outs = [cut_out.network for cut_out in self.cut_outs]
+        return join(self.cluster) + (f" except {join(cut_outs)}" if cut_outs else "")
+
 
 @dataclass(frozen=True)
 class Absent:

@@ -167,6 +167,14 @@ class Ruleset:
         return (*(f"-A {POSTROUTING} {rule.text}" for rule in self.postrouting), *own)
 
 
-def join(networks: Sequence[object], empty: str = "none") -> str:
-    """A list for a sentence."""
-    return ", ".join(str(network) for network in networks) or empty
+def join(items: Sequence[object], at_most: int = 4) -> str:
+    """A list for a sentence, in which nobody would read more than a few."""
+    shown = [str(item) for item in items[:at_most]]
+    if len(items) > at_most:
+        shown.append(f"{len(items) - at_most} more")
+    return ", ".join(shown) or "none"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rule`, `2 rules`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -24,7 +24,6 @@ from snatd.core.model import (
     Network,
     Rule,
     Ruleset,
-    join,
 )
 from snatd.core.networks import contains
 from snatd.core.rules import SNAT_TARGETS, Match, Spec, Target, is_ours, parse
@@ -335,18 +334,18 @@ def _backend_plan(ruleset: Ruleset, wanted: Desired, bridge: str, add_egress: bo
     )
     changed = tuple(edit for edit in edits if edit.before != edit.after)
     if changed and not reasons:
-        why = f"our chain is not what {join(wanted.networks)} need"
+        why = f"our chain is not what {wanted.inside} need"
         reasons[Reason(Change.CHAIN, why)] = None
     return Transaction(ruleset.family, ruleset.backend, changed, tuple(reasons))
 
 
 def _broad_reason(wanted: Desired) -> Reason:
-    why = f"it hides the addresses of {wanted.subnet} from {join(wanted.networks)}"
+    why = f"it hides the addresses of {wanted.subnet} from {wanted.inside}"
     return Reason(Change.NARROWED, why)
 
 
 def _stale_reason(wanted: Desired) -> Reason:
-    why = f"it is ours, but not for {wanted.subnet} inside {join(wanted.networks)}, or there twice"
+    why = f"it is ours, but not for {wanted.subnet} inside {wanted.inside}, or there twice"
     return Reason(Change.STALE, why)
 
 
@@ -436,7 +435,9 @@ def undone(transaction: Transaction, actual: Ruleset) -> Transaction:
                 place = back.index(rule, place) + 1
         edits.append(ChainEdit(POSTROUTING, now, tuple(back)))
     changed = tuple(edit for edit in edits if edit.before != edit.after)
-    return replace(transaction, edits=changed, reasons=(Reason(Change.UNDONE, "not confirmed"),))
+    return replace(
+        transaction, edits=changed, reasons=(Reason(Change.UNDONE, "nobody confirmed it in time"),)
+    )
 
 
 def _minus(minuend: tuple[Rule, ...], subtrahend: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -73,7 +73,12 @@ def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Tr
         *(ChainEdit(name, rules, None) for name, rules in ruleset.own_chains),
     )
     changed = tuple(edit for edit in edits if edit.before != edit.after)
-    return Transaction(ruleset.family, ruleset.backend, changed, (Reason(Change.UNDONE, "revert"),))
+    return Transaction(
+        ruleset.family,
+        ruleset.backend,
+        changed,
+        (Reason(Change.UNDONE, "it is as it was before snatd"),),
+    )
 
 
 def _shape(text: str) -> Shape | None:

@@ -6,6 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from snatd.core.errors import ConfigError
+
 
 class AlreadyRunning(Exception):
     """Another snatd holds the lock."""
@@ -22,11 +24,14 @@ class Instance:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Raises AlreadyRunning with the holder's pid, or OSError where no file can be made."""
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-        )
+        """Raises AlreadyRunning with the holder's pid, ConfigError where no file can be made."""
+        try:
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+            )
+        except OSError as error:
+            raise ConfigError((f"runtime_dir: {self.path}: {error.strerror}",)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -65,7 +65,7 @@ def _stderr_is_the_journal() -> bool:
 
 
 def _time() -> Any:
-    return structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%f", utc=False)
+    return structlog.processors.TimeStamper(fmt="iso", utc=True)
 
 
 def _console() -> Any:
@@ -82,6 +82,8 @@ def _escaped(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_escaped(one) for one in value]
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(one) for key, one in value.items()}
     text = str(value)
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 

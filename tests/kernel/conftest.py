@@ -6,7 +6,9 @@ Where they cannot run they fail; they are never skipped.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,17 @@ def host() -> Iterator[Namespace]:
     host = Namespace()
     yield host
     host.close()
+
+
+def _tables_of_the_machine() -> tuple[str, ...]:
+    command = ["nft", "list", "ruleset"]
+    rules = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = [Path(f"/proc/net/{name}_tables_names").read_text() for name in ("ip", "ip6")]
+    return (rules, *names)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_machines_own_tables_stay_as_they_are(_root: None) -> Iterator[None]:
+    before = _tables_of_the_machine()
+    yield
+    assert _tables_of_the_machine() == before

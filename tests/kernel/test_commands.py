@@ -160,6 +160,48 @@ def test_an_unconfirmed_apply_is_put_back(node: Node, snatd: Snatd) -> None:
     assert rules(node) == before
 
 
+def test_an_unconfirmed_apply_leaves_no_memory(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("apply", "--confirm", "1").returncode == 1
+    add(node, "-D", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("revert").returncode == 0
+    assert rules(node) == []
+
+
+def test_what_cannot_be_put_back_is_said(nft_lab: Lab, tmp_path: Path) -> None:
+    """A tool that breaks while somebody thinks about it."""
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    folder = tmp_path / "shim"
+    folder.mkdir()
+    node.host.use_iptables(folder)
+    with Snatd(node.host, tmp_path / "snatd") as snatd:
+        process = _applying(snatd, 60)
+        stderr = process.stderr
+        assert stderr is not None
+        until(lambda: b"press a key" in stderr.readline(), "it")
+        broken = folder / "iptables-nft-restore"
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(0o755)
+        process.send_signal(signal.SIGHUP)
+        said = stderr.read().decode()
+        assert process.wait(10) == 4
+        assert "NOT put back" in said
+        assert "everything is as it was" not in said
+        broken.unlink()
+        assert rules(node) == [NARROW]
+
+
+def test_observe_writes_nothing_by_hand_either(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    snatd.write_config(mode="observe")
+    done = snatd.command("apply")
+    assert done.returncode == 1
+    assert f"+ -A POSTROUTING {NARROW}" in done.stdout
+    assert rules(node) == [broad(node)]
+
+
 def test_a_confirmed_apply_stays(node: Node, snatd: Snatd) -> None:
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     assert snatd.command("confirm").returncode == 1, "nothing waits yet"
@@ -173,8 +215,9 @@ def test_a_confirmed_apply_stays(node: Node, snatd: Snatd) -> None:
 def test_a_lost_terminal_counts_as_no(node: Node, snatd: Snatd, number: signal.Signals) -> None:
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     process = _applying(snatd, 60)
-    assert process.stderr is not None
-    until(lambda: b"press a key" in (process.stderr.readline() if process.stderr else b""), "it")
+    stderr = process.stderr
+    assert stderr is not None
+    until(lambda: b"press a key" in stderr.readline(), "it")
     process.send_signal(number)
     assert process.wait(10) == 1
     assert rules(node) == [broad(node)]
@@ -190,8 +233,9 @@ def test_a_key_confirms(node: Node, snatd: Snatd) -> None:
         stdin=theirs,
         stderr=subprocess.PIPE,
     )
-    assert process.stderr is not None
-    until(lambda: b"press a key" in (process.stderr.readline() if process.stderr else b""), "it")
+    stderr = process.stderr
+    assert stderr is not None
+    until(lambda: b"press a key" in stderr.readline(), "it")
     os.write(ours, b"y")
     assert process.wait(10) == 0
     assert rules(node) == [NARROW]
@@ -201,12 +245,14 @@ def test_a_key_confirms(node: Node, snatd: Snatd) -> None:
 
 def test_confirm_is_refused_beside_the_daemon(snatd: Snatd) -> None:
     snatd.start()
-    assert "stop it first" in snatd.command("apply", "--confirm", "5").stderr
+    done = snatd.command("apply", "--confirm", "5")
+    assert done.returncode == 1
+    assert "stop it first" in done.stderr
 
 
 def test_a_wrong_configuration_is_told_whole(snatd: Snatd) -> None:
     snatd.config.write_text('mode = "enforced"\nexclude = ["10.0.0.1/8"]\nspeed = 1\n')
-    for command in ("run", "check", "apply", "status", "revert"):
+    for command in ("run", "check", "apply", "revert"):
         done = snatd.command(command)
         assert done.returncode == 78
         lines = done.stderr.splitlines()

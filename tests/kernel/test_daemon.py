@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -142,7 +143,9 @@ def test_reload_takes_a_good_configuration_and_refuses_a_bad_one(node: Node, sta
     refused = snatd.wait_for("configuration_refused")[0]
     assert len(refused["why"]) == 2
     snatd.wait_for_notification("new configuration refused")
-    assert snatd.command("status").returncode == 78, "the file is wrong for every command"
+    refusal = snatd.command("status")
+    assert refusal.returncode == 1
+    assert "new configuration refused" in refusal.stdout
     assert rules(node) == [NARROW]
     snatd.write_config(networks=["172.9.0.0/16"], resync=60)
     snatd.signal(signal.SIGHUP)
@@ -359,3 +362,73 @@ def test_packets_are_right_through_a_hundred_rewrites(lab: Lab, node: Node, star
         add(node, "-I", "POSTROUTING", *node.broad_rule)
         until(lambda: rules(node) == [NARROW], "the repair")
         assert seen_by(node.container, neighbour.container_address) == node.container_address
+
+
+def test_ready_comes_in_time_although_everything_hangs(nft_lab: Lab, tmp_path: Path) -> None:
+    """Other services wait for it at boot."""
+    node = nft_lab.nodes[0]
+    node.write_lease(v6=True)
+    folder = tmp_path / "shim"
+    for name in ("iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"):
+        _shim(folder, name, "exec sleep 600")
+    node.host.use_iptables(folder)
+    with Snatd(node.host, tmp_path / "snatd") as snatd:
+        started_s = time.monotonic()
+        snatd.start()
+        assert time.monotonic() - started_s < 12
+        assert snatd.status()["state"] == "degraded"
+
+
+def test_the_journal_gets_native_fields(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    folder = node.host.path("/run/systemd/journal")
+    folder.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(f"{folder}/socket")
+        journal.settimeout(10)
+        with Snatd(node.host, tmp_path, log_format="journal") as snatd:
+            snatd.start()
+            fields: dict[str, str] = {}
+            while fields.get("SNATD_EVENT") != "rule_narrowed":
+                lines = journal.recv(65536).decode().splitlines()
+                fields = dict(line.split("=", 1) for line in lines)
+    assert fields["PRIORITY"] == "5"
+    assert fields["SNATD_RULE"] == f"-A POSTROUTING {NARROW}"
+    assert fields["SNATD_BACKEND"] == "nft"
+    assert fields["SNATD_FAMILY"] == "ipv4"
+    assert fields["MESSAGE"].startswith("rule_narrowed: ")
+
+
+def test_a_hostile_comment_forges_no_field(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    comment = "x\nSNATD_EVENT=forged\nMESSAGE=all is well\x1b[2J\n-A POSTROUTING -j MASQUERADE"
+    rule = (*node.broad_rule[:-2], "-m", "comment", "--comment", comment, "-j", "MASQUERADE")
+    add(node, "-A", "POSTROUTING", *rule)
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        until(lambda: NARROW in rules(node), "ours beside it")
+        for event in snatd.events():
+            assert "\n" not in str(event)
+        assert "forged" not in [event["event"] for event in snatd.events()]
+        assert all("\n" not in one.partition("=")[2] for one in snatd.notifications)
+
+
+def test_a_stopped_journal_does_not_block(nft_lab: Lab, tmp_path: Path) -> None:
+    """Nobody reads the socket; what does not fit is dropped and counted."""
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    folder = node.host.path("/run/systemd/journal")
+    folder.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(f"{folder}/socket")
+        with Snatd(node.host, tmp_path, log_format="journal") as snatd:
+            snatd.start()
+            for number in range(400):
+                snatd.signal(signal.SIGUSR1)
+                until(lambda: snatd.status()["written_at"] != "", f"summary {number}")
+            until(lambda: snatd.status()["dropped_log_lines"] > 0, "a dropped line")
+            add(node, "-I", "POSTROUTING", *node.broad_rule)
+            until(lambda: rules(node) == [NARROW], "the repair goes on")

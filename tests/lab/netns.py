@@ -46,13 +46,18 @@ class Namespace:
         )
         self.pid = self._holder.pid
         self._environment: dict[str, str] = {}
-        until(lambda: _comm(self.pid) == "sleep", "a namespace of its own")
+        until(self._is_up, "a namespace of its own")
         assert _netns(self.pid) != _netns(os.getpid()), "unshare gave no namespace"
         # An address is good at once: nobody else here could have it (duplicate address detection).
         self.shell(
             "mount -t tmpfs tmpfs /run; mkdir /run/flannel; ip link set lo up; "
             "for one in all default; do echo 0 > /proc/sys/net/ipv6/conf/$one/accept_dad; done"
         )
+
+    def _is_up(self) -> bool:
+        if self._holder.poll() is not None:
+            raise AssertionError("`unshare --net --mount` failed: are you root?")
+        return _comm(self.pid) == "sleep"
 
     def use_iptables(self, folder: Path) -> None:
         """Puts a folder of commands first on the PATH of everything that runs here."""

@@ -299,11 +299,20 @@ def test_a_pass_is_put_back() -> None:
     line = edges(four, old)
     done = reconcile(line, Policy(), FAR_AWAY)
     four.insert("-j NEW", 0)
-    undone = put_back(done, line, Policy(), FAR_AWAY)
+    undoing = put_back(done, line, Policy(), FAR_AWAY)
     assert (four.texts, old.texts) == (["-j NEW", *before], before)
-    assert [one.backend for one in undone.applied] == [LEGACY, NFT]
-    assert undone.view.problems == ()
-    assert len(undone.view.plan) == 2
+    assert [one.backend for one in undoing.undone] == [LEGACY, NFT]
+    assert undoing.problems == ()
+    assert len(undoing.view.plan) == 2
+
+
+def test_a_held_lock_does_not_keep_a_pass_from_being_put_back() -> None:
+    old = legacy(BROAD)
+    line = edges(old)
+    done = reconcile(line, Policy(), FAR_AWAY)
+    old.writes = [BackendBusy("locked"), StaleRuleset("moved"), BackendBusy("locked")]
+    assert put_back(done, line, Policy(), FAR_AWAY).problems == ()
+    assert old.texts == [BROAD]
 
 
 def test_what_cannot_be_put_back_is_a_problem_and_the_rest_is() -> None:
@@ -311,9 +320,10 @@ def test_what_cannot_be_put_back_is_a_problem_and_the_rest_is() -> None:
     line = edges(four, old)
     done = reconcile(line, Policy(), FAR_AWAY)
     old.writes = [refused()]
-    undone = put_back(done, line, Policy(), FAR_AWAY)
+    undoing = put_back(done, line, Policy(), FAR_AWAY)
     assert (four.texts, old.texts) == ([BROAD], [OURS])
-    assert kinds(undone) == [("BackendFailed", V4, LEGACY)]
+    (problem,) = undoing.problems
+    assert (problem.family, problem.backend) == (V4, LEGACY)
 
 
 def test_keep_writes_nothing_into_an_empty_table() -> None:

@@ -149,7 +149,11 @@ def test_all_there_is_to_know_and_nothing_twice() -> None:
         "degraded: ipv4 nft: table `nat' is incompatible",
         *diff(PLAN),
         "waiting: subnet.env: no such file",
-        "problem: ipv4 nft: table `nat' is incompatible",
+    )
+    two = View(problems=(PROBLEM, Problem(refused("broken"))))
+    assert lines(two, ()) == (
+        "degraded: ipv4 nft: table `nat' is incompatible (and 1 more)",
+        "problem: broken",
     )
     assert lines(View(wanted=HELD), ()) == ("waiting: subnet.env: no such file",)
 
