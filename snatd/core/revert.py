@@ -77,7 +77,7 @@ def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Tr
         ruleset.family,
         ruleset.backend,
         changed,
-        (Reason(Change.UNDONE, "it is as it was before snatd"),),
+        (Reason(Change.UNDONE, "that is what was there before snatd"),),
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures 2 to 4: what the daemon costs to start, to keep waiting, and in memory."""
+"""What the daemon costs to start, to keep waiting, and in memory."""
 
 from __future__ import annotations
 

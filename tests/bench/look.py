@@ -1,4 +1,4 @@
-"""Figure 5: a pass that finds all in sync. Run as a process on the node, it takes the samples."""
+"""A pass that finds all in sync. Run as a process on the node, it takes the samples."""
 
 from __future__ import annotations
 

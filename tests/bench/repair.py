@@ -1,4 +1,4 @@
-"""Figure 1: from a rival's write to the repaired rule."""
+"""From a rival's write to the repaired rule."""
 
 from __future__ import annotations
 
