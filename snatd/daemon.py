@@ -20,7 +20,7 @@ from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, ConfigError
-from snatd.core.model import join
+from snatd.core.model import Backend, join
 from snatd.core.plan import Transaction
 from snatd.core.schedule import Schedule
 from snatd.facts import Facts, now
@@ -221,6 +221,11 @@ class Daemon:
             failed=bool(done.view.problems),
             jitter=random.random(),
         )
+        if any(one.backend is Backend.LEGACY for one in done.applied):
+            # The digest that the poll compares with is older than our own write. A look after the
+            # next `rebase` makes sure that nobody came between the two.
+            self._schedule = self._schedule.event()
+            self._triggers["read_back"] += 1
         self._listen_to_bridge(done)
         self._facts.passed(done, triggers, writers, ended_s - started_s)
         self._tell_changes(done.applied, triggers, writers, ended_s - started_s, was_fighting)

@@ -142,21 +142,14 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
         ]
         if not todo:
             break
-        for transaction in todo:
-            key = (transaction.family, transaction.backend)
-            errors.pop(key, None)
-            try:
-                _apply(transaction, view, edges, deadline)
-            except BackendError as error:
-                errors[key] = error
-                continue
-            done.append(transaction)
-            writes[key] += 1
-            try:
-                _put_right(transaction, edges, deadline)
-            except BackendError as error:
-                errors[key] = error
+        written = _apply_each(todo, view, edges, deadline, errors)
+        writes.update((one.family, one.backend) for one in written)
+        done += written
         view = _look_at_rules(view, edges, policy, deadline)
+        moves = [move for one in written if (move := _displaced(one, view)) is not None]
+        if moves:
+            _apply_each(moves, view, edges, deadline, errors)
+            view = _look_at_rules(view, edges, policy, deadline)
     left = {(one.family, one.backend): one for one in view.plan}
     for key, transaction in left.items():
         errors.setdefault(key, _not_converged(transaction, view))
@@ -170,18 +163,37 @@ def _gave_up(error: BackendError | None) -> bool:
     return error is not None and not isinstance(error, StaleRuleset)
 
 
-def _apply(transaction: Transaction, view: View, edges: Edges, deadline: Deadline) -> None:
-    wanted = view.wanted[transaction.family]
-    edges.remember(transaction, wanted.subnet if isinstance(wanted, Desired) else None)
-    _tables_of(transaction, edges).apply(transaction, deadline)
+def _apply_each(
+    transactions: Sequence[Transaction],
+    view: View,
+    edges: Edges,
+    deadline: Deadline,
+    errors: dict[tuple[Family, Backend], BackendError],
+) -> list[Transaction]:
+    """Applies what can be; keeps in `errors` why the rest cannot."""
+    written = []
+    for transaction in transactions:
+        key = (transaction.family, transaction.backend)
+        errors.pop(key, None)
+        wanted = view.wanted[transaction.family]
+        edges.remember(transaction, wanted.subnet if isinstance(wanted, Desired) else None)
+        try:
+            _tables_of(transaction, edges).apply(transaction, deadline)
+            written.append(transaction)
+        except BackendError as error:
+            errors[key] = error
+    return written
 
 
-def _put_right(transaction: Transaction, edges: Edges, deadline: Deadline) -> None:
-    """Reads back, and moves ours if a rival's write displaced it."""
-    tables = _tables_of(transaction, edges)
-    fix = misplaced(transaction, tables.read(deadline))
-    if fix is not None:
-        tables.apply(fix, deadline)
+def _displaced(transaction: Transaction, view: View) -> Transaction | None:
+    """What moves ours back if a rival's write displaced it, as far as it was read back."""
+    ruleset = _ruleset_of(transaction, view)
+    return misplaced(transaction, ruleset) if ruleset else None
+
+
+def _ruleset_of(transaction: Transaction, view: View) -> Ruleset | None:
+    key = (transaction.family, transaction.backend)
+    return next((one for one in view.rulesets if (one.family, one.backend) == key), None)
 
 
 def _tables_of(transaction: Transaction, edges: Edges) -> Tables:
@@ -190,15 +202,12 @@ def _tables_of(transaction: Transaction, edges: Edges) -> Tables:
 
 
 def _not_converged(transaction: Transaction, view: View) -> NotConverged:
-    actual = next(
-        one
-        for one in view.rulesets
-        if (one.family, one.backend) == (transaction.family, transaction.backend)
-    )
+    actual = _ruleset_of(transaction, view)
+    assert actual is not None, "what was planned was read"
+    planned = applied(actual, transaction)
     return NotConverged(
-        f"still not as planned after {_WRITES} writes; is: "
-        f"{' | '.join(actual.lines())}; planned: "
-        f"{' | '.join(applied(actual, transaction).lines())}"
+        f"still not as planned after {_WRITES} writes; is: {' | '.join(actual.lines())}; "
+        f"planned: {' | '.join(planned.lines())}"
     )
 
 
