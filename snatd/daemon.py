@@ -20,7 +20,7 @@ from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, ConfigError
-from snatd.core.model import Backend, join
+from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
 from snatd.core.schedule import Schedule
 from snatd.facts import Facts, now
@@ -32,8 +32,9 @@ from snatd.kernel.tools import Tools
 from snatd.node import open_edges
 from snatd.reconcile import Pass, look, reconcile
 
-# A pass's time-outs together; systemd's watchdog must be more than twice this.
+# A pass's time-outs together, and never more than this share of systemd's watchdog.
 _PASS_S = 20.0
+_SHARE_OF_WATCHDOG = 0.4
 # READY=1 after the first pass whatever it gave, or after this: other services wait for it at boot.
 _FIRST_PASS_S = 9.0
 # Where inotify is used up, subnet.env is looked at this often.
@@ -121,8 +122,8 @@ class Daemon:
         waits = [self._schedule.due_s(now_s)]
         if self._poll.due_s is not None:
             waits.append(self._poll.due_s)
-        if (watchdog_s := self._notifier.watchdog_s()) is not None:
-            waits.append(now_s + watchdog_s / 4)
+        if self._notifier.watchdog_s is not None:
+            waits.append(now_s + self._notifier.watchdog_s / 4)
         for key, _ in self._selector.select(max(0.0, min(waits) - now_s)):
             if key.fileobj == self._wake_reader:
                 self._woken()
@@ -134,7 +135,7 @@ class Daemon:
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
             self._pass(_PASS_S)
-        self._notifier.alive()
+        self._notifier.alive(time.monotonic())
 
     def _listen(self, ear: Any) -> None:
         try:
@@ -195,7 +196,8 @@ class Daemon:
             self._told.clear()
             if self._watch is not None:
                 self._watch.stop()
-                self._open_watch()
+                self._watch = None
+            self._open_watch()
             self._log.info("configuration_loaded", mode=new.mode)
         self._heard(Event("reload"))
         self._publish()
@@ -207,6 +209,8 @@ class Daemon:
         started_s = time.monotonic()
         self._rearm()
         self._poll.rebase(started_s)
+        if self._notifier.watchdog_s is not None:
+            limit_s = min(limit_s, self._notifier.watchdog_s * _SHARE_OF_WATCHDOG)
         deadline = Deadline(started_s + limit_s)
         policy = self._settings.policy
         if self._settings.mode == "observe":
@@ -303,8 +307,9 @@ class Daemon:
             self._say(
                 "backend_failed", level, list(map(str, view.problems)), same, over="recovered"
             )
-        if view.node is not None and not view.node.ipv6:
-            self._say("ipv6_skipped", "info", "IPv6 is switched off in this kernel")
+        lease = view.node.lease if view.node else None
+        if isinstance(lease, Lease) and view.node and not view.node.ipv6 and lease.of(Family.V6):
+            self._say("ipv6_skipped", "info", "IPv6 is leased, and switched off in this kernel")
         if self._settings.mode == "observe":
             self._say("would_change", "warning", list(report.diff(view.plan)), over="in_sync")
 

@@ -16,13 +16,11 @@ class Notifier:
         if self._notifier.socket is not None:
             self._notifier.socket.setblocking(False)
         self._status = ""
-
-    @staticmethod
-    def watchdog_s() -> float | None:
-        """systemd's watchdog time-out for this process, None if it set none."""
+        self._fed_s = 0.0
         microseconds = os.environ.get("WATCHDOG_USEC", "")
         for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        return int(microseconds) / 1e6 if for_us and microseconds.isdecimal() else None
+        self.watchdog_s = int(microseconds) / 1e6 if for_us and microseconds.isdecimal() else None
+        """systemd's watchdog time-out for this process, None if it set none."""
 
     def status(self, text: str) -> None:
         """STATUS=, if it changed."""
@@ -40,8 +38,11 @@ class Notifier:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
-    def alive(self) -> None:
-        self._send("WATCHDOG=1")
+    def alive(self, now_s: float) -> None:
+        """Feeds the watchdog, several times per time-out and not more often than that."""
+        if self.watchdog_s is not None and now_s - self._fed_s >= self.watchdog_s / 8:
+            self._fed_s = now_s
+            self._send("WATCHDOG=1")
 
     def _send(self, message: str) -> None:
         # sdnotify encodes to latin-1 and swallows the error: one odd character would lose it all.

@@ -434,3 +434,15 @@ def test_a_stopped_journal_does_not_block(nft_lab: Lab, tmp_path: Path) -> None:
             until(lambda: snatd.status()["dropped_log_lines"] > 0, "a dropped line")
             add(node, "-I", "POSTROUTING", *node.broad_rule)
             until(lambda: rules(node) == [NARROW], "the repair goes on")
+
+
+def test_ipv6_switched_off_is_skipped_and_said_once(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease(v6=True)
+    node.host.shell("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
+    with Snatd(node.host, tmp_path, resync=1) as snatd:
+        snatd.start()
+        until(lambda: snatd.status()["passes"] >= 4, "some passes")
+        assert len(snatd.events("ipv6_skipped")) == 1
+        assert snatd.status()["in_sync"]
+        assert [one["family"] for one in snatd.status()["families"]] == ["ipv4"]
