@@ -14,8 +14,13 @@ from typing import Protocol
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Absent, Desired, desired
 from snatd.core.errors import BackendBusy, BackendError, NotConverged, StaleRuleset
+from snatd.core.mend import misplaced, undone
 from snatd.core.model import Backend, Family, Hold, Network, NodeState, Policy, Ruleset
-from snatd.core.plan import Transaction, applied, misplaced, plan, undone
+from snatd.core.plan import (
+    Transaction,
+    applied,
+    plan,
+)
 
 # How often a pass looks again at once when a rival wrote between its read and its write, and how
 # often it writes the same thing when a rival undid it before it was read back.

@@ -16,8 +16,12 @@ import pytest
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import StaleRuleset
+from snatd.core.mend import misplaced
 from snatd.core.model import Backend, Family
-from snatd.core.plan import Transaction, misplaced, plan
+from snatd.core.plan import (
+    Transaction,
+    plan,
+)
 from snatd.kernel.legacy import LegacyTables
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.nft import NftTables

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from snatd.core.desired import Absent, Desired
 from snatd.core.errors import RuleError
+from snatd.core.mend import misplaced, undone
 from snatd.core.model import POSTROUTING, Backend, Counters, Hold, Rule, Ruleset
-from snatd.core.plan import Transaction, applied, misplaced, plan, undone
+from snatd.core.plan import (
+    Transaction,
+    applied,
+    plan,
+)
 from snatd.core.revert import Memory, remember, revert
 from snatd.core.rules import SNAT_TARGETS, Spec, parse
 from snatd.kernel.nft import restore_script

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from snatd.core.desired import Absent
+from snatd.core.mend import misplaced, undone
 from snatd.core.model import POSTROUTING, Backend, Counters, Policy, Rule, Ruleset
 from snatd.core.plan import (
     ChainEdit,
@@ -12,9 +13,7 @@ from snatd.core.plan import (
     Transaction,
     applied,
     chain_name,
-    misplaced,
     plan,
-    undone,
 )
 from snatd.core.revert import revert
 from snatd.core.rules import Target
