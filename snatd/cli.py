@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -111,6 +112,9 @@ def _run(options: argparse.Namespace) -> int:
     from snatd.host import journal
     from snatd.node import require_permission
 
+    # Before the daemon listens to them these would end it: a reload right after a start.
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     settings = config.load(options.config)
     require_permission()
     journal.configure(settings.log_format, settings.log_level)

@@ -6,6 +6,7 @@ the pass that follows.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from pathlib import Path
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.api import ObservedWatch
+
+# Its threads complain on stderr when they are stopped in the middle of an event, in their own form.
+# What matters of it, a watch that is gone, is found by `rearm`.
+logging.getLogger("watchdog").addHandler(logging.NullHandler())
+logging.getLogger("watchdog").propagate = False
 
 # Reading a file opens and closes it, and our own reading must not wake us.
 _CONTENT = frozenset({"created", "modified", "moved", "deleted", "closed"})

@@ -49,6 +49,7 @@ class Snatd:
 
     def start(self, **environment: str) -> Snatd:
         """Starts the daemon and waits for READY=1."""
+        self.notifications.clear()
         extra = {"NOTIFY_SOCKET": str(self.folder / "notify"), **environment}
         with self.log_path.open("ab") as log:
             self._process = self.host.popen(
