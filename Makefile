@@ -15,12 +15,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 packages:
-	@missing=$$(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(PACKAGES) 2>/dev/null \
-	  | sed -n 's/^installed //p' | sort > /tmp/.snatd-installed.$$$$; \
-	  printf '%s\n' $(PACKAGES) | sort | comm -23 - /tmp/.snatd-installed.$$$$; \
-	  rm -f /tmp/.snatd-installed.$$$$); \
+	@missing=; for package in $(PACKAGES); do \
+	  dpkg-query -W -f '$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed \
+	    || missing="$$missing $$package"; \
+	done; \
 	if [ -n "$$missing" ]; then \
-	  echo "installing by apt:" $$missing; \
+	  echo "installing by apt:$$missing"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi

@@ -11,17 +11,19 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendError, ConfigError, NotPermitted
-from snatd.core.model import Hold, Network, Ruleset
+from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused
+from snatd.core.model import Hold
 from snatd.core.plan import Transaction
+from snatd.core.revert import Memory, revert
 from snatd.host import status
 from snatd.host.confirm import Confirmation, confirm
 from snatd.host.instance import AlreadyRunning, Instance
-from snatd.host.memory import MemoryFile
+from snatd.host.memory import Key, MemoryDamaged, MemoryFile
+from snatd.kernel.tools import Tools
 from snatd.reconcile import Edges, View
 
 _PASS_S = 20.0
@@ -43,17 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        status_code = int(options.command(options))
     except ConfigError as error:
-        print(*(f"snatd: {complaint}" for complaint in error.complaints), sep="\n", file=sys.stderr)
-        return report.EXIT_CONFIG
+        status_code = _failed(options, error.complaints, report.EXIT_CONFIG)
     except NotPermitted as error:
-        print(f"snatd: {error}", file=sys.stderr)
-        return report.EXIT_NOT_PERMITTED
-    except BrokenPipeError:
-        # The reader of our output is gone (`snatd check | head -1`); what it read was right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return report.EXIT_FAILING
+        status_code = _failed(options, (str(error),), report.EXIT_NOT_PERMITTED)
+    except (Refused, AlreadyRunning) as error:
+        status_code = _failed(options, (str(error),), 1)
+    for stream in (sys.stdout, sys.stderr):
+        _write(stream, "")
+    return status_code
+
+
+def _failed(options: argparse.Namespace, messages: Sequence[str], status_code: int) -> int:
+    for message in messages:
+        _warn(message)
+    if getattr(options, "json", False):
+        _print_json({"error": {"exit": status_code, "messages": list(messages)}})
+    return status_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     apply = add("apply", _apply, "put this node's rules right once, and say what was done")
     apply.add_argument(
         "--confirm",
-        type=_positive_seconds,
+        type=_seconds,
         metavar="SECONDS",
         help="put everything back unless a key is pressed or `snatd confirm` is called in time",
     )
@@ -100,10 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive_seconds(text: str) -> float:
-    seconds = float(text)
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError("from 1 to 86400 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 86400")
     return seconds
 
 
@@ -118,11 +130,7 @@ def _run(options: argparse.Namespace) -> int:
     settings = config.load(options.config)
     require_permission()
     journal.configure(settings.log_format, settings.log_level)
-    try:
-        return Daemon(settings, options.config).run()
-    except AlreadyRunning as error:
-        print(f"snatd: {error}", file=sys.stderr)
-        return 1
+    return Daemon(settings, options.config).run()
 
 
 def _deadline(limit_s: float = _PASS_S) -> Deadline:
@@ -130,7 +138,6 @@ def _deadline(limit_s: float = _PASS_S) -> Deadline:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from snatd.kernel.tools import Tools
     from snatd.node import open_edges, require_permission
     from snatd.reconcile import look
 
@@ -145,7 +152,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from snatd.kernel.tools import Tools
     from snatd.node import open_edges, require_permission
     from snatd.reconcile import look, reconcile
 
@@ -185,19 +191,13 @@ def _apply_until_confirmed(
 ) -> int:
     from snatd.reconcile import put_back, reconcile
 
-    instance = Instance(settings.runtime_dir)
-    try:
-        instance.take()
-    except AlreadyRunning as error:
-        _warn(f"{error}: it would redo what --confirm puts back; stop it first")
-        return 1
-    memory, remembered = MemoryFile(settings.state_dir), {}
-    with suppress(OSError):  # what cannot be read will not be written either, and that is told
-        remembered = memory.load()
+    instance = _take_instance(settings, "it would redo what --confirm puts back")
+    memory = MemoryFile(settings.state_dir)
+    remembered = _load(memory)
     confirmation = Confirmation(settings.runtime_dir)
     done = reconcile(edges, settings.policy, _deadline())
     if done.applied:
-        _print_lines(report.diff(done.applied), sys.stderr)
+        _print_lines(report.diff(done.applied), to_stderr=True)
     confirmed = not done.applied or confirmation.wait(options.confirm)
     undoing = None if confirmed else put_back(done, edges, settings.policy, _deadline(_UNDO_S))
     confirmation.close()
@@ -208,10 +208,29 @@ def _apply_until_confirmed(
     for problem in undoing.problems:
         _warn(f"NOT put back, the change is still in force: {problem}")
     if not undoing.problems:
-        memory.store(remembered)
-        _warn("not confirmed in time: everything is as it was before")
+        with suppress(OSError):  # if it cannot be written it was not changed either
+            memory.store(remembered)
+        _warn("not confirmed: everything is as it was before")
     _tell(options, undoing.view, (), applied=done.applied, undone=undoing.undone)
     return report.EXIT_FAILING if undoing.problems else report.exit_code(undoing.view)
+
+
+def _take_instance(settings: config.Config, why_not: str) -> Instance:
+    instance = Instance(settings.runtime_dir)
+    try:
+        instance.take()
+    except AlreadyRunning as error:
+        raise Refused(f"{error}: {why_not}; stop it first") from None
+    return instance
+
+
+def _load(memory: MemoryFile) -> dict[Key, Memory]:
+    """The memory; where it cannot be read, what would be lost by that is said and it is empty."""
+    try:
+        return memory.load()
+    except (OSError, MemoryDamaged) as error:
+        _warn(f"{error}: what was there before snatd is not known")
+        return {}
 
 
 def _confirm(options: argparse.Namespace) -> int:
@@ -220,7 +239,7 @@ def _confirm(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"confirmed": found})
     else:
-        print("confirmed" if found else "nothing is waiting to be confirmed")
+        _print_lines(("confirmed" if found else "nothing is waiting to be confirmed",))
     return 0 if found else 1
 
 
@@ -230,7 +249,7 @@ def _status(options: argparse.Namespace) -> int:
         if options.json:
             _print_json({"schema": status.SCHEMA, "running": False})
         else:
-            print("snatd is not running")
+            _print_lines(("snatd is not running",))
         return 3
     if options.json:
         _print_json({"running": True, **document})
@@ -241,76 +260,83 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _revert(options: argparse.Namespace) -> int:
-    from snatd.kernel.tools import Tools
     from snatd.node import require_permission
 
     settings = config.load(options.config)
     require_permission()
-    instance = Instance(settings.runtime_dir)
-    try:
-        instance.take()
-    except AlreadyRunning as error:
-        _warn(f"{error}: it would put its rules back at once; stop it first")
-        return 1
-    done, problems = _revert_all(settings, Tools())
+    instance = _take_instance(settings, "it would put its rules back at once")
+    memory = MemoryFile(settings.state_dir)
+    remembered = _load(memory)
+    done, problems = _revert_all(settings, remembered, Tools())
+    if remembered and not problems:
+        try:
+            memory.forget()
+        except OSError as error:
+            problems.append(f"{memory.path} stays: {error.strerror}: remove it by hand")
     instance.release()
     if options.json:
         changes = [report.transaction_document(one) for one in done]
         _print_json({"reverted": changes, "problems": problems})
-    else:
+        return report.EXIT_FAILING if problems else 0
+    if done or not problems:
         _print_lines(report.diff(done) or ("nothing of snatd's is here",))
-        for problem in problems:
-            _warn(problem)
+    for problem in problems:
+        _warn(f"not reverted: {problem}")
     return report.EXIT_FAILING if problems else 0
 
 
-def _revert_all(settings: config.Config, tools: Any) -> tuple[list[Transaction], list[str]]:
-    from snatd.core.revert import revert
+def _revert_all(
+    settings: config.Config, remembered: dict[Key, Memory], tools: Tools
+) -> tuple[list[Transaction], list[str]]:
     from snatd.host.flannel import read_lease
     from snatd.kernel.backends import all_tables
     from snatd.kernel.lock import XtablesLock
 
-    memory_file = MemoryFile(settings.state_dir)
     lease = read_lease(settings.subnet_file)
     deadline = _deadline()
     done: list[Transaction] = []
     problems: list[str] = []
-    try:
-        memories = memory_file.load()
-    except OSError as error:
-        memories = {}
-        problems.append(f"{memory_file.path}: {error.strerror}")
     for tables in all_tables(tools, XtablesLock(), only=None):
         leased = None if isinstance(lease, Hold) else lease.of(tables.family)
-        today: Network | None = leased.subnet if leased else None
+        where = (tables.family, tables.backend)
+        memories = [memory for key, memory in remembered.items() if key[:2] == where]
         try:
-            ruleset: Ruleset = tables.read(deadline, thorough=True)
-            memory = memories.get((tables.family, tables.backend))
-            transaction = revert(ruleset, memory, today)
+            ruleset = tables.read(deadline, thorough=True)
+            transaction = revert(ruleset, memories, leased.subnet if leased else None)
             if transaction.edits:
                 tables.apply(transaction, deadline)
                 done.append(transaction)
         except BackendError as error:
             problems.append(f"{tables.family.value} {tables.backend.value}: {error}")
-    if not problems:
-        memory_file.forget()
     return done, problems
 
 
 def _warn(text: str) -> None:
-    print(f"snatd: {text}", file=sys.stderr)
+    _write(sys.stderr, f"snatd: {text}\n")
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2))
+    _write(sys.stdout, json.dumps(document, indent=2) + "\n")
 
 
-def _print_lines(lines: Sequence[str], file: Any = None) -> None:
-    file = file or sys.stdout
-    colours = {"-": "\033[31m", "+": "\033[32m"} if file.isatty() else {}
+def _print_lines(lines: Sequence[str], to_stderr: bool = False) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    coloured = stream is not None and stream.isatty()
+    colours = {"-": "\033[31m", "+": "\033[32m"} if coloured else {}
     for line in lines:
         # A rule may hold any byte, and a terminal obeys some of them.
         safe = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line)
         colour = colours.get(safe[:1])
-        print(f"{colour}{safe}\033[0m" if colour else safe, file=file)
-    file.flush()
+        _write(stream, f"{colour}{safe}\033[0m\n" if colour else f"{safe}\n")
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Writes at once. Who reads it may be gone, and that must not stop what is being done."""
+    if stream is None:
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        # What the stream still holds would fail again at the end, as exit status 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -56,6 +56,7 @@ class Daemon:
         self._edges = open_edges(settings, self._tools, self._complain)
         self._schedule = Schedule(resync_s=settings.resync)
         self._notifier = Notifier()
+        self._instance = Instance(settings.runtime_dir)
         self._poll = LegacyPoll()
         self._selector = selectors.DefaultSelector()
         self._ears: list[NftEar | LinkEar] = []
@@ -68,9 +69,9 @@ class Daemon:
         self._facts = Facts()
 
     def run(self) -> int:
-        """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning."""
-        instance = Instance(self._settings.runtime_dir)
-        instance.take()
+        """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning, also
+        later, where somebody removed the lock and another daemon took it."""
+        self._instance.take()
         self._open()
         self._log.info("started", version=__version__, mode=self._settings.mode)
         self._pass(_FIRST_PASS_S)
@@ -188,6 +189,8 @@ class Daemon:
             if new.runtime_dir != self._settings.runtime_dir:
                 self._log.warning("needs_restart", key="runtime_dir")
             self._facts.refused = None
+            # The lock and the status file stay where everybody looks for them until a restart.
+            new = replace(new, runtime_dir=self._settings.runtime_dir)
             self._settings = new
             journal.configure(new.log_format, new.log_level)
             self._log = journal.logger()
@@ -207,6 +210,8 @@ class Daemon:
         triggers, writers = self._triggers, self._writers
         self._triggers, self._writers = Counter(), {}
         started_s = time.monotonic()
+        if self._instance.keep():
+            self._log.warning("lock_restored", path=str(self._instance.path))
         self._rearm()
         self._poll.rebase(started_s)
         if self._notifier.watchdog_s is not None:

@@ -12,7 +12,7 @@ from snatd.core.model import Lease, Network, NodeState
 from snatd.core.plan import Transaction
 from snatd.core.revert import remember
 from snatd.host.flannel import read_lease
-from snatd.host.memory import MemoryFile
+from snatd.host.memory import MemoryDamaged, MemoryFile
 from snatd.kernel.backends import all_tables, iptables_is
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.tools import Tools
@@ -49,11 +49,15 @@ def open_edges(
     def keep(transaction: Transaction, subnet: Network | None) -> None:
         if subnet is None:
             return
-        key = (transaction.family, transaction.backend)
+        key = (transaction.family, transaction.backend, subnet)
         try:
-            memories = memory_file.load()
+            try:
+                memories = memory_file.load()
+            except MemoryDamaged as error:
+                complain(f"{error}: begun anew")
+                memories = {}
             memory = remember(transaction, subnet, memories.get(key))
-            if memories.get(key) != memory:
+            if memories.pop(key, None) != memory:
                 memory_file.store({**memories, key: memory})
         except OSError as error:
             complain(

@@ -19,6 +19,10 @@ class NotPermitted(SnatdError):
     """The process lacks CAP_NET_ADMIN: exit 77."""
 
 
+class Refused(SnatdError):
+    """Not done, since another snatd would undo it: exit 1."""
+
+
 class BackendError(SnatdError):
     """One backend of one family could not be read or written; the others go on."""
 

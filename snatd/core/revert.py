@@ -6,6 +6,7 @@ Decides only; where the memory is kept is `host.memory`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from snatd.core.errors import RuleError
@@ -26,19 +27,19 @@ class Memory:
 
 
 def remember(transaction: Transaction, subnet: Network, before: Memory | None) -> Memory:
-    """The memory to keep before a transaction is applied; what it held of this subnet stays.
+    """The memory to keep before a transaction is applied; `before` is what it was for this subnet.
 
     Of a rule that its owner writes again and again, the largest number of copies counts.
     """
-    copies = Counter(dict(before.replaced)) if before and before.subnet == subnet else Counter()
+    kept = before.replaced if before and before.subnet == subnet else ()
+    copies = Counter(dict(kept))
     for edit in transaction.edits:
         if edit.chain == POSTROUTING:
-            found = Counter(rule.text for rule in edit.removed if not is_ours(rule))
-            copies |= found
+            copies |= Counter(rule.text for rule in edit.removed if not is_ours(rule))
     return Memory(subnet, tuple(copies.items()))
 
 
-def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Transaction:
+def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) -> Transaction:
     """All that is ours goes, and what it stands for comes back in its place.
 
     `today` is the subnet leased now, None if unknown: what belongs to another subnet goes without
@@ -47,27 +48,31 @@ def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Tr
     the egress too. What ours no longer stands for (somebody deleted it) comes back at the end.
     """
     there = Counter(rule.text for rule in ruleset.postrouting)
-    replay = memory is not None and today in (None, memory.subnet)
     # What its owner has put back since is not put back again.
-    left = Counter(dict(memory.replaced)) - there if memory and replay else Counter[str]()
+    left = {one.subnet: Counter(dict(one.replaced)) - there for one in memories}
     after: list[Rule] = []
+    guessed = False
     for rule in ruleset.postrouting:
         if not is_ours(rule):
             after.append(rule)
             continue
         spec = parse(rule.text)
         shape = owned_shape(rule.text, spec, ruleset)
-        if shape is None or today not in (None, spec.source):
+        if shape is None or spec.source is None or today not in (None, spec.source):
             continue
-        if memory is None or memory.subnet != spec.source:
+        if spec.source not in left:
+            guessed = True
             broad = Spec(source=spec.source, out=shape.out, target=shape.target)
             after.append(Rule(str(broad), rule.counters, shape.origin))
             continue
-        for text in [text for text in left if _shape(text) == shape]:
+        of_subnet = left[spec.source]
+        for text in [text for text in of_subnet if _shape(text) == shape]:
             first = Rule(text, rule.counters, shape.origin)
-            after += [first] + [replace(first, counters=None)] * (left.pop(text) - 1)
-    for text, copies in left.items():
-        after += [Rule(text)] * copies
+            after += [first] + [replace(first, counters=None)] * (of_subnet.pop(text) - 1)
+    known = today or (memories[-1].subnet if memories else None)
+    if known is not None:
+        for text, copies in left.get(known, Counter[str]()).items():
+            after += [Rule(text)] * copies
     edits = (
         ChainEdit(POSTROUTING, ruleset.postrouting, tuple(after)),
         *(ChainEdit(name, rules, None) for name, rules in ruleset.own_chains),
@@ -77,8 +82,12 @@ def revert(ruleset: Ruleset, memory: Memory | None, today: Network | None) -> Tr
         ruleset.family,
         ruleset.backend,
         changed,
-        (Reason(Change.UNDONE, "that is what was there before snatd"),),
+        (Reason(Change.UNDONE, _GUESSED if guessed else _KNOWN),),
     )
+
+
+_KNOWN = "that is what was there before snatd"
+_GUESSED = "what was there before is not remembered: this is the rule of the same shape"
 
 
 def _shape(text: str) -> Shape | None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from snatd.core.errors import NotPermitted
+
 
 def _path(runtime_dir: Path) -> Path:
     return runtime_dir / "confirm.sock"
@@ -42,7 +44,11 @@ class Confirmation:
                 f"press a key, or `snatd confirm` elsewhere, within {seconds:g} s", file=sys.stderr
             )
         end_s = time.monotonic() + seconds
-        sources: list[int | socket.socket] = [reader, self._socket, 0]
+        sources: list[int | socket.socket] = [reader, self._socket]
+        # Only a person at a terminal presses keys: a pipe's content is meant for somebody else, and
+        # a descriptor 0 that was closed is another file by now.
+        if os.isatty(0):
+            sources.append(0)
         with _single_keys():
             while (left_s := end_s - time.monotonic()) > 0:
                 ready = select.select(sources, (), (), left_s)[0]
@@ -53,10 +59,7 @@ class Confirmation:
                         peer.sendall(b"ok")
                     return True
                 if 0 in ready:
-                    if _key():
-                        return True
-                    # Nobody there (/dev/null, a closed terminal): that is not a key.
-                    sources.remove(0)
+                    return _key()  # none: the terminal is gone
         return False
 
     def close(self) -> None:
@@ -65,12 +68,17 @@ class Confirmation:
 
 
 def confirm(runtime_dir: Path) -> bool:
-    """Tells a waiting `apply --confirm` that all is well; False where none waits."""
+    """Tells a waiting `apply --confirm` that all is well; False where none waits.
+
+    Raises NotPermitted where one waits for somebody else.
+    """
     with socket.socket(socket.AF_UNIX) as waiting:
         waiting.settimeout(5.0)
         try:
             waiting.connect(str(_path(runtime_dir)))
             return waiting.recv(2) == b"ok"
+        except PermissionError:
+            raise NotPermitted("only root may confirm: run it by sudo") from None
         except OSError:
             return False
 

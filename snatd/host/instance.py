@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from snatd.core.errors import ConfigError
@@ -41,6 +42,19 @@ class Instance:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
+
+    def keep(self) -> bool:
+        """Takes the lock again if somebody removed its file; True if that was so."""
+        if self._descriptor is None:
+            return False
+        held = os.fstat(self._descriptor)
+        with suppress(OSError):
+            there = os.stat(self.path)
+            if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+                return False
+        self.release()
+        self.take()
+        return True
 
     def release(self) -> None:
         if self._descriptor is not None:

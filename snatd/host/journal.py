@@ -119,6 +119,10 @@ def _send(datagram: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.sendto(datagram.encode(), socket.MSG_DONTWAIT, _SOCKET)
+    except (FileNotFoundError, ConnectionRefusedError):
+        # No journal here: stderr it is, with the priority as systemd reads it (sd-daemon(3)).
+        fields = dict(line.split("=", 1) for line in datagram.splitlines())
+        _write(f"<{fields['PRIORITY']}>{fields['MESSAGE']}")
     except OSError:
         _drop()
 

@@ -7,36 +7,44 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snatd.core.model import Backend, Family
+from snatd.core.errors import SnatdError
+from snatd.core.model import Backend, Family, Network
 from snatd.core.revert import Memory
 from snatd.host.files import write_whole
 
 SCHEMA = 1
 
-Key = tuple[Family, Backend]
+# One node sees few leases in its life; a broken file must not grow without end.
+_MOST = 64
+
+Key = tuple[Family, Backend, Network]
+
+
+class MemoryDamaged(SnatdError):
+    """There is a file, and what it says cannot be told."""
 
 
 class MemoryFile:
-    """replaced.json: one memory per family and backend."""
+    """replaced.json: one memory per family, backend and subnet, the newest last."""
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "replaced.json"
 
     def load(self) -> dict[Key, Memory]:
-        """All memories; empty where there is no file or not one of ours. Raises OSError."""
+        """All memories; empty where there is no file. Raises OSError, MemoryDamaged."""
         try:
             document = json.loads(self.path.read_bytes())
-            if document["schema"] != SCHEMA:
-                return {}
+            # Of another version there is nothing under this key.
+            found = {SCHEMA: document["replaced"]}[document["schema"]]
+            memories = [(entry, _memory(entry)) for entry in found]
             return {
-                (Family(entry["family"]), Backend(entry["backend"])): _memory(entry)
-                for entry in document["replaced"]
+                (Family(entry["family"]), Backend(entry["backend"]), memory.subnet): memory
+                for entry, memory in memories
             }
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            # Half a memory is none: `revert` then restores the shape of our own rules.
-            return {}
+            raise MemoryDamaged(f"{self.path} is damaged, or not written by this version") from None
 
     def store(self, memories: dict[Key, Memory]) -> None:
         """Writes all memories, durably. Raises OSError and keeps the old file."""
@@ -47,7 +55,7 @@ class MemoryFile:
                 "subnet": str(memory.subnet),
                 "rules": [{"text": text, "copies": copies} for text, copies in memory.replaced],
             }
-            for (family, backend), memory in memories.items()
+            for (family, backend, _), memory in [*memories.items()][-_MOST:]
         ]
         document = {"schema": SCHEMA, "replaced": entries}
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

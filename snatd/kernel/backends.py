@@ -36,4 +36,4 @@ def iptables_is(tools: Tools, deadline: Deadline) -> Backend:
         return Backend.LEGACY
     if "nft" in program:
         return Backend.NFT
-    return Backend.LEGACY if "legacy" in tools.run(["iptables", "-V"], deadline) else Backend.NFT
+    return Backend.NFT if "nf_tables" in tools.run(["iptables", "-V"], deadline) else Backend.LEGACY

@@ -7,6 +7,7 @@ insert; a wrong one costs order, which the caller reads back and puts right.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -33,10 +34,17 @@ class NftTables:
         A native rule in the table makes iptables-nft print nothing ("incompatible"): BackendFailed,
         and the caller goes on.
         """
-        if self._tools.find(f"{self.family.command}-nft") is None:
-            # A node without these tools has no rules made by them.
+        if self._is_legacy_node():
             return Ruleset(self.family, self.backend)
         return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
+
+    def _is_legacy_node(self) -> bool:
+        """Whether the node has legacy tools only, and so no rules made by the others. A tool that
+        is merely missing says nothing about the rules."""
+        if self._tools.find(f"{self.family.command}-nft") is not None:
+            return False
+        path = self._tools.find(self.family.command)
+        return path is not None and "legacy" in os.path.basename(os.path.realpath(path))
 
     def apply(self, transaction: Transaction, deadline: Deadline) -> None:
         """Writes a transaction: all of it or, with StaleRuleset or BackendFailed, nothing."""

@@ -317,3 +317,79 @@ def test_status_is_fast_enough_to_be_a_probe(snatd: Snatd) -> None:
     started_s = time.monotonic()
     assert snatd.command("status").returncode == 0
     assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.parametrize("redirection", ["<&-", "< /etc/hostname", "2>&1 | true", "2> /dev/full"])
+def test_only_a_person_confirms(node: Node, snatd: Snatd, redirection: str) -> None:
+    """Not a pipe's content, not a closed descriptor; and a lost stderr does not skip the wait."""
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    node.host.run(
+        "bash",
+        "-c",
+        f"{SNATD} apply --config {snatd.config} --confirm 1 {redirection}",
+        check=False,
+    )
+    assert rules(node) == [broad(node)]
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "2>&-", "| true"])
+def test_an_output_that_is_gone_stops_nothing(node: Node, snatd: Snatd, redirection: str) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    script = f"set -o pipefail; {SNATD} apply --config {snatd.config} {redirection}"
+    node.host.run("bash", "-c", script)
+    assert rules(node) == [NARROW]
+
+
+def test_an_error_is_json_too(snatd: Snatd) -> None:
+    snatd.write_config(mode="enforced")
+    document = snatd.json("check")
+    assert document["error"]["exit"] == 78
+    assert "mode" in document["error"]["messages"][0]
+
+
+def test_revert_knows_what_it_replaced_before_another_lease(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("apply").returncode == 0
+    node.host.run("ip", "addr", "add", "172.9.3.1/24", "dev", "docker0")
+    node.write_lease("172.9.0.0/16", subnet="172.9.3.1/24")
+    assert snatd.command("apply").returncode == 0
+    node.write_lease()
+    assert snatd.command("apply").returncode == 0
+    assert snatd.command("revert").returncode == 0
+    assert rules(node) == [broad(node)]
+
+
+def test_a_damaged_memory_is_told_and_kept(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    assert snatd.command("apply").returncode == 0
+    memory = snatd.folder / "state" / "replaced.json"
+    memory.write_text("{")
+    done = snatd.command("revert")
+    assert "is damaged" in done.stderr
+    assert "not remembered" in done.stdout
+    assert memory.read_text() == "{"
+    assert rules(node) == [broad(node)]
+
+
+def test_a_missing_tool_is_not_an_empty_table(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    hidden = tmp_path / "sbin"
+    hidden.mkdir()
+    for tool in Path("/usr/sbin").glob("ip*"):
+        if "nft" not in os.path.basename(os.path.realpath(tool)):
+            (hidden / tool.name).symlink_to(os.path.realpath(tool))
+    with Snatd(node.host, tmp_path / "snatd") as snatd:
+        bind = f"mkdir /run/real && mount --bind /usr/sbin /run/real && mount --bind {hidden} "
+        # The links lead to the programs where they are now.
+        for link in hidden.iterdir():
+            target = os.path.realpath(link).replace("/usr/sbin", "/run/real")
+            link.unlink()
+            link.symlink_to(target)
+        node.host.shell(f"{bind} /usr/sbin")
+        done = snatd.command("check")
+        assert done.returncode == 4, done.stdout
+        assert "iptables-nft is not installed" in done.stdout
+        reverted = snatd.command("revert")
+        assert reverted.returncode == 4
+        assert "nothing of snatd's" not in reverted.stdout

@@ -446,3 +446,48 @@ def test_ipv6_switched_off_is_skipped_and_said_once(nft_lab: Lab, tmp_path: Path
         assert len(snatd.events("ipv6_skipped")) == 1
         assert snatd.status()["in_sync"]
         assert [one["family"] for one in snatd.status()["families"]] == ["ipv4"]
+
+
+def test_the_lock_is_taken_again_when_its_directory_is_removed(
+    nft_lab: Lab, tmp_path: Path
+) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path, resync=1) as snatd:
+        snatd.start()
+        shutil.rmtree(node.host.path("/run/snatd"))
+        snatd.wait_for("lock_restored")
+        assert snatd.command("revert").returncode == 1
+        assert snatd.command("run").returncode == 1
+
+
+def test_a_new_runtime_dir_waits_for_a_restart(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path) as snatd:
+        snatd.start()
+        snatd.write_config(runtime_dir="/run/elsewhere")
+        snatd.signal(signal.SIGHUP)
+        snatd.wait_for("needs_restart")
+        snatd.wait_for("configuration_loaded")
+        assert not node.host.path("/run/elsewhere").exists()
+        assert snatd.status()["in_sync"]
+
+
+def test_a_reload_at_once_does_not_end_it(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path, log_format="json") as snatd:
+        snatd.start()
+        for _ in range(5):
+            snatd.signal(signal.SIGHUP)
+        snatd.wait_for("configuration_loaded")
+        assert snatd.process.poll() is None
+
+
+def test_without_a_journal_the_log_goes_to_stderr(nft_lab: Lab, tmp_path: Path) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path, log_format="journal") as snatd:
+        snatd.start()
+        until(lambda: "<5>rule_added: " in snatd.log_path.read_text(), "a line with a priority")

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ class Lab:
     """The network. A context manager; everything is gone at its end."""
 
     def __init__(self, backend: str = "nft", pods: str = "172.7") -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="snatd-lab-")
+        _sweep()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-")
         self.folder = Path(self._folder.name)
         self._hosts: list[Namespace] = []
         self._servers: list[WhoServer] = []
@@ -170,6 +172,17 @@ class Lab:
 
 # The bridge would first learn who wants which multicast, and drop neighbour discovery meanwhile.
 _NO_SNOOPING = "mcast_snooping 0"
+
+
+_FOLDER = "snatd-lab-"
+
+
+def _sweep() -> None:
+    """Removes the folders of labs whose process was killed before it could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}[0-9]*-*"):
+        pid = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _iptables_folder(folder: Path, backend: str) -> Path:

@@ -26,7 +26,7 @@ from snatd.core.rules import (
     tokens,
 )
 from snatd.host.flannel import parse_lease
-from snatd.host.memory import MemoryFile
+from snatd.host.memory import MemoryDamaged, MemoryFile
 from snatd.kernel.events import _GENERATION, _is_link_local, _is_relevant, _messages, _printable
 from tests.fakes import BROAD, JUMP, OURS, networks
 from tests.property.chains import FOREIGN, counters
@@ -184,8 +184,9 @@ MEMORY = json.dumps(
 def test_a_memory_file(tmp_path: Path, content: bytes) -> None:
     memory = MemoryFile(tmp_path)
     memory.path.write_bytes(content)
-    for one in memory.load().values():
-        assert all("\n" not in text and 0 < copies <= 64 for text, copies in one.replaced)
+    with suppress(MemoryDamaged):
+        for one in memory.load().values():
+            assert all("\n" not in text and 0 < copies <= 64 for text, copies in one.replaced)
 
 
 @given(st.binary())

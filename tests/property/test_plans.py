@@ -261,18 +261,19 @@ def test_revert_gives_back_what_was_narrowed(chain: tuple[Ruleset, bool], wanted
     for transaction in plan(wanted, {NFT: before}, NFT):
         memory = remember(transaction, wanted.subnet, memory)
         now = applied(now, transaction)
-    transaction = revert(now, memory, wanted.subnet)
+    transaction = revert(now, [memory], wanted.subnet)
     check_script(now, transaction)
     assert texts(applied(now, transaction).postrouting) == texts(before.postrouting)
     if not odd:
         # Without the memory the plain ones come back all the same.
-        assert applied(now, revert(now, None, None)).postrouting == before.postrouting
+        assert applied(now, revert(now, (), None)).postrouting == before.postrouting
 
 
 @given(st.sampled_from(WISHES).flatmap(lambda wanted: rulesets(wanted, NFT)))
 def test_revert_leaves_nothing_of_ours_and_all_of_others(ruleset: Ruleset) -> None:
-    for memory in (None, Memory(P), Memory(P, (("-s 172.7.21.0/24 -j MASQUERADE", 2),))):
-        transaction = revert(ruleset, memory, P)
+    broad = Memory(P, (("-s 172.7.21.0/24 -j MASQUERADE", 2),))
+    for memories in ((), (Memory(P),), (broad,)):
+        transaction = revert(ruleset, memories, P)
         check_script(ruleset, transaction)
         now = applied(ruleset, transaction)
         assert not any(owned(rule) for rule in now.postrouting)

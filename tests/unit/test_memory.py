@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from snatd.core.revert import Memory
-from snatd.host.memory import MemoryFile
-from tests.fakes import BROAD, LEGACY, NFT, V4, V6, P, networks
+from snatd.host.memory import MemoryDamaged, MemoryFile
+from tests.fakes import BROAD, LEGACY, NFT, V4, V6, N, P, networks
 
 (P6,) = networks("fd00:7:21::/64")
 ODD = '-s 172.7.21.0/24 -m comment --comment "it\\\'s \\"odd\\" \u2028\udcff" -j MASQUERADE'
 ALL = {
-    (V4, NFT): Memory(P, ((BROAD, 2), (ODD, 1))),
-    (V4, LEGACY): Memory(P),
-    (V6, NFT): Memory(P6, (("-s fd00:7:21::/64 -j MASQUERADE", 64),)),
+    (V4, NFT, P): Memory(P, ((BROAD, 2), (ODD, 1))),
+    (V4, NFT, N): Memory(N, ((BROAD, 1),)),
+    (V4, LEGACY, P): Memory(P),
+    (V6, NFT, P6): Memory(P6, (("-s fd00:7:21::/64 -j MASQUERADE", 64),)),
 }
 
 
@@ -92,16 +93,25 @@ def entry(**changes: object) -> bytes:
         entry(rules=[{"text": "-j A\n-F POSTROUTING", "copies": 1}]),
     ],
 )
-def test_half_a_memory_is_none(content: bytes, tmp_path: Path) -> None:
+def test_half_a_memory_is_none_and_told(content: bytes, tmp_path: Path) -> None:
     memory = MemoryFile(tmp_path)
     memory.path.write_bytes(content)
-    assert memory.load() == {}
+    with pytest.raises(MemoryDamaged, match=r"replaced\.json is damaged"):
+        memory.load()
+    assert memory.path.read_bytes() == content
+
+
+def test_it_does_not_grow_without_end(tmp_path: Path) -> None:
+    subnets = networks(" ".join(f"10.0.{number}.0/24" for number in range(200)))
+    memory = MemoryFile(tmp_path)
+    memory.store({(V4, NFT, subnet): Memory(subnet) for subnet in subnets})
+    assert [subnet for _, _, subnet in memory.load()] == list(subnets[-64:])
 
 
 def test_the_entry_above_is_a_good_one(tmp_path: Path) -> None:
     memory = MemoryFile(tmp_path)
     memory.path.write_bytes(entry())
-    assert memory.load() == {(V4, NFT): Memory(P, ((BROAD, 1),))}
+    assert memory.load() == {(V4, NFT, P): Memory(P, ((BROAD, 1),))}
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:

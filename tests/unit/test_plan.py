@@ -509,7 +509,7 @@ def test_a_foreign_rule_whose_comment_spans_lines_is_left_alone() -> None:
 def test_a_rule_that_claims_to_be_ours_injects_nothing_into_a_restore(text: str) -> None:
     ruleset = Ruleset(wish().family, NFT, (Rule(text),))
     leaving = plans(Absent(wish().family), ruleset)
-    for transaction in (*plans(wish(), ruleset), *leaving, revert(ruleset, None, None)):
+    for transaction in (*plans(wish(), ruleset), *leaving, revert(ruleset, (), None)):
         # Read line by line, as iptables-restore does, the script says what the plan says.
         assert restored(ruleset, restore_script(transaction)) == applied(ruleset, transaction)
 

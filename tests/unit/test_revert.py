@@ -46,7 +46,11 @@ def narrow(
 
 
 def reverted(ruleset: Ruleset, memory: Memory | None, today: Network | None = P) -> Ruleset:
-    return applied(ruleset, revert(ruleset, memory, today))
+    return applied(ruleset, revert(ruleset, known(memory), today))
+
+
+def known(memory: Memory | None) -> tuple[Memory, ...]:
+    return () if memory is None else (memory,)
 
 
 def test_texts_and_copies_are_remembered() -> None:
@@ -139,7 +143,7 @@ def test_a_target_comes_back_from_the_rule_that_took_it() -> None:
     broad = f"-s 172.7.21.0/24 -j {SNAT}"
     for wanted in (wish(), TWO):
         now, memory = narrow(chain(broad), wanted)
-        (edit, *_) = (e for e in revert(now, memory, P).edits if e.chain == POSTROUTING)
+        (edit, *_) = (e for e in revert(now, [memory], P).edits if e.chain == POSTROUTING)
         (rule,) = edit.added
         assert rule.text == broad
         assert rule.like is not None
@@ -179,6 +183,19 @@ def test_a_memory_of_another_subnet_does_not_take_todays_egress_away() -> None:
     assert texts(reverted(chain("-j A", OURS), memory).postrouting) == ["-j A", BROAD]
 
 
+def test_going_back_to_an_earlier_subnet_its_memory_is_still_there() -> None:
+    memories = (Memory(P, ((BROAD, 1),)), Memory(OTHER_P))
+    found = revert(chain("-j A", OURS), memories, P)
+    assert texts(applied(chain("-j A", OURS), found).postrouting) == ["-j A", BROAD]
+
+
+def test_a_guess_is_called_a_guess() -> None:
+    (known_reason,) = revert(chain(OURS), [Memory(P, ((BROAD, 1),))], P).reasons
+    (guessed,) = revert(chain(OURS), (), P).reasons
+    assert "what was there before snatd" in known_reason.why
+    assert "not remembered" in guessed.why
+
+
 def test_of_two_copies_one_of_which_is_back_the_other_comes_back() -> None:
     _, memory = narrow(chain(BROAD, BROAD, "-j A"))
     found = texts(reverted(chain(BROAD, OURS, "-j A"), memory).postrouting)
@@ -198,8 +215,8 @@ def test_foreign_rules_stay_as_they_are() -> None:
 
 
 def test_where_nothing_is_ours_nothing_is_done() -> None:
-    assert revert(chain("-j A", BROAD), None, P).edits == ()
-    assert revert(chain("-j A", BROAD), Memory(P, ((BROAD, 1),)), P).edits == ()
+    assert revert(chain("-j A", BROAD), (), P).edits == ()
+    assert revert(chain("-j A", BROAD), [Memory(P, ((BROAD, 1),))], P).edits == ()
 
 
 def test_a_chain_of_ours_without_a_jump_goes() -> None:
