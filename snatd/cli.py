@@ -28,6 +28,7 @@ from snatd.reconcile import Edges, View
 
 _PASS_S = 20.0
 _UNDO_S = 60.0
+_DONE = ", done"
 
 _DESCRIPTION = """\
 Keeps the source address of container traffic inside a flannel network: the rule that masquerades
@@ -161,12 +162,12 @@ def _apply(options: argparse.Namespace) -> int:
     if settings.mode == "observe":
         view = look(edges, settings.policy, _deadline())
         _warn('mode is "observe": nothing was written; this is what would be')
-        _tell(options, view, view.plan, applied=())
+        _tell(options, view, view.plan, "", applied=())
         return report.exit_code(view)
     if options.confirm is not None:
         return _apply_until_confirmed(options, settings, edges)
     done = reconcile(edges, settings.policy, _deadline())
-    _tell(options, done.view, done.applied, applied=done.applied)
+    _tell(options, done.view, done.applied, _DONE, applied=done.applied)
     return report.exit_code(done.view)
 
 
@@ -174,6 +175,7 @@ def _tell(
     options: argparse.Namespace,
     view: View,
     shown: Sequence[Transaction],
+    note: str,
     **lists: Sequence[Transaction],
 ) -> None:
     """The view and the transactions to be shown, or as JSON the view and named lists of them."""
@@ -183,7 +185,7 @@ def _tell(
         }
         _print_json(report.document(view) | changes)
     else:
-        _print_lines(report.lines(view, shown))
+        _print_lines(report.lines(view, shown, note))
 
 
 def _apply_until_confirmed(
@@ -197,13 +199,13 @@ def _apply_until_confirmed(
     confirmation = Confirmation(settings.runtime_dir)
     done = reconcile(edges, settings.policy, _deadline())
     if done.applied:
-        _print_lines(report.diff(done.applied), to_stderr=True)
+        _print_lines(report.diff(done.applied, _DONE), to_stderr=True)
     confirmed = not done.applied or confirmation.wait(options.confirm)
     undoing = None if confirmed else put_back(done, edges, settings.policy, _deadline(_UNDO_S))
     confirmation.close()
     instance.release()
     if undoing is None:
-        _tell(options, done.view, (), applied=done.applied, undone=())
+        _tell(options, done.view, (), _DONE, applied=done.applied, undone=())
         return report.exit_code(done.view)
     for problem in undoing.problems:
         _warn(f"NOT put back, the change is still in force: {problem}")
@@ -211,7 +213,7 @@ def _apply_until_confirmed(
         with suppress(OSError):  # if it cannot be written it was not changed either
             memory.store(remembered)
         _warn("not confirmed: everything is as it was before")
-    _tell(options, undoing.view, (), applied=done.applied, undone=undoing.undone)
+    _tell(options, undoing.view, (), _DONE, applied=done.applied, undone=undoing.undone)
     return report.EXIT_FAILING if undoing.problems else report.exit_code(undoing.view)
 
 
@@ -279,7 +281,7 @@ def _revert(options: argparse.Namespace) -> int:
         _print_json({"reverted": changes, "problems": problems})
         return report.EXIT_FAILING if problems else 0
     if done or not problems:
-        _print_lines(report.diff(done) or ("nothing of snatd's is here",))
+        _print_lines(report.diff(done, _DONE) or ("nothing of snatd's is here",))
     for problem in problems:
         _warn(f"not reverted: {problem}")
     return report.EXIT_FAILING if problems else 0

@@ -62,11 +62,11 @@ def _leased(view: View) -> Iterable[Desired]:
     return (one for one in view.wanted.values() if isinstance(one, Desired))
 
 
-def diff(transactions: Iterable[Transaction]) -> tuple[str, ...]:
+def diff(transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:
     """`-` lines to go and `+` lines to come, under a head for each backend, with the reasons."""
     lines: list[str] = []
     for one in transactions:
-        lines.append(f"{one.family.value} {one.backend.value}:")
+        lines.append(f"{one.family.value} {one.backend.value}{note}:")
         lines += [f"- {line}" for line in one.removed]
         lines += [f"+ {line}" for line in one.added]
         lines += [f"  because {reason.why}" for reason in one.reasons]
@@ -139,13 +139,13 @@ def is_busy(view: View) -> bool:
     return bool(view.problems) and all(isinstance(one.error, BackendBusy) for one in view.problems)
 
 
-def lines(view: View, transactions: Iterable[Transaction]) -> tuple[str, ...]:
+def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:
     """What `check` and `apply` print: the headline, the diff, and what else there is to know."""
     head = headline(view)
     notes = [f"waiting: {reason}" for reason in view.holds if reason not in head]
     notes += [f"problem: {problem}" for problem in view.problems if str(problem) not in head]
     notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
-    return (head, *diff(transactions), *notes)
+    return (head, *diff(transactions, note), *notes)
 
 
 def status_lines(document: dict[str, Any]) -> tuple[str, ...]:

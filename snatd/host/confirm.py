@@ -22,7 +22,8 @@ def _path(runtime_dir: Path) -> Path:
 
 
 class Confirmation:
-    """Opened before anything is changed, so that a path that cannot be used is known in time."""
+    """Opened before anything is changed, so that a path that cannot be used is known in time, and
+    so that a hang-up in the middle of the change does not end the process with half of it done."""
 
     def __init__(self, runtime_dir: Path) -> None:
         self._path = _path(runtime_dir)
@@ -32,19 +33,19 @@ class Confirmation:
         self._socket.bind(str(self._path))
         self._path.chmod(0o600)
         self._socket.listen(1)
-
-    def wait(self, seconds: float) -> bool:
-        """Whether somebody confirmed in time. A hang-up or any other end counts as no, at once."""
-        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._ended, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether somebody confirmed in time. A hang-up or any other end counts as no, at once."""
         with suppress(OSError):
             print(
                 f"press a key, or `snatd confirm` elsewhere, within {seconds:g} s", file=sys.stderr
             )
         end_s = time.monotonic() + seconds
-        sources: list[int | socket.socket] = [reader, self._socket]
+        sources: list[int | socket.socket] = [self._ended, self._socket]
         # Only a person at a terminal presses keys: a pipe's content is meant for somebody else, and
         # a descriptor 0 that was closed is another file by now.
         if os.isatty(0):
@@ -52,7 +53,7 @@ class Confirmation:
         with _single_keys():
             while (left_s := end_s - time.monotonic()) > 0:
                 ready = select.select(sources, (), (), left_s)[0]
-                if reader in ready:
+                if self._ended in ready:
                     return False
                 if self._socket in ready:
                     with self._socket.accept()[0] as peer, suppress(OSError):
