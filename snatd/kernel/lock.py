@@ -73,12 +73,13 @@ class XtablesLock:
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def _holder(self) -> str:
-        """The pid in /proc/locks whose lock is on our inode; best effort."""
+        """The pid in /proc/locks whose lock is on our file; best effort."""
         with suppress(OSError, ValueError, IndexError):
-            inode = str(os.stat(self.path).st_ino)
+            file = os.stat(self.path)
+            device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
             for line in Path("/proc/locks").read_text().splitlines():
                 words = line.split()
-                if words[1] == "FLOCK" and words[5].rsplit(":", 1)[1] == inode:
+                if words[1] == "FLOCK" and words[5] == f"{device}:{file.st_ino}":
                     name = Path(f"/proc/{int(words[4])}/comm").read_text().strip()
                     return f"pid {words[4]} ({name})"
         return "another process"
