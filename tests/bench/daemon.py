@@ -15,7 +15,7 @@ from tests.lab.netns import Namespace, until
 from tests.lab.process import Snatd, stopwatch_ms
 
 _READY = Aim(600)
-_MEMORY_MB = {"nft": Aim(36), "legacy": None}
+_MEMORY_MIB = {"nft": Aim(36), "legacy": None}
 _IDLE_PERCENT = Aim(0.1)
 _SETTLED_S = 2.0
 
@@ -41,12 +41,16 @@ def starts(site: Site, count: int) -> list[Figure]:
             memories.append(_memory_mb(snatd.pid))
             snatd.stop()
         floor_ms.append(_python_ms(site.node.host))
-    aim = _MEMORY_MB[site.backend]
+    aim = _MEMORY_MIB[site.backend]
     return [
         Figure(f"exec to READY=1, {site.backend}", "ms", tuple(ready_ms), _READY, tuple(floor_ms)),
         Figure("  floor: bare python -c pass", "ms", tuple(floor_ms)),
-        Figure(f"RSS after a repair, {site.backend}", "MB", tuple(rss for rss, _ in memories), aim),
-        Figure(f"PSS after a repair, {site.backend}", "MB", tuple(pss for _, pss in memories), aim),
+        Figure(
+            f"RSS after a repair, {site.backend}", "MiB", tuple(rss for rss, _ in memories), aim
+        ),
+        Figure(
+            f"PSS after a repair, {site.backend}", "MiB", tuple(pss for _, pss in memories), aim
+        ),
     ]
 
 
@@ -61,7 +65,7 @@ def _memory_mb(pid: int) -> tuple[float, float]:
     """Resident, and resident with shared pages divided among those who share them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     kib = {words[0]: int(words[1]) for words in map(str.split, lines)}
-    return kib["Rss:"] * 1024 / 1e6, kib["Pss:"] * 1024 / 1e6
+    return kib["Rss:"] / 1024, kib["Pss:"] / 1024
 
 
 @dataclass(frozen=True)
