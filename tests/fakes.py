@@ -36,7 +36,6 @@ NFT, LEGACY = Backend.NFT, Backend.LEGACY
 
 P = ip_network("172.7.21.0/24")
 N = ip_network("172.7.0.0/16")
-BRIDGE = "docker0"
 BROAD = "-s 172.7.21.0/24 ! -o docker0 -j MASQUERADE"
 OURS = "-s 172.7.21.0/24 ! -d 172.7.0.0/16 ! -o docker0 -m comment --comment snatd -j MASQUERADE"
 HAND_MADE = "-s 172.7.21.0/24 ! -d 172.7.0.0/16 ! -o docker0 -j MASQUERADE"

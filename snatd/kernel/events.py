@@ -82,7 +82,6 @@ class NftEar:
     def __init__(self, own_pids: Collection[int]) -> None:
         self._own_pids = own_pids
         self._pending = False
-        self.overflows = 0
         self._socket = _listen(_NETLINK_NETFILTER, (_NFNLGRP_NFTABLES,))
 
     def fileno(self) -> int:
@@ -95,10 +94,9 @@ class NftEar:
         """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
         for datagram in _datagrams(self._socket):
             if datagram is None:
-                self.overflows += 1
                 yield Event(self.source)
-                continue
-            yield from self._heard(datagram)
+            else:
+                yield from self._heard(datagram)
 
     def _heard(self, datagram: bytes) -> Iterator[Event]:
         self._pending = self._pending or _is_relevant(datagram)
@@ -134,7 +132,6 @@ class LinkEar:
 
     def __init__(self) -> None:
         self.bridges: Mapping[int, bytes] = {}
-        self.overflows = 0
         self._socket = _listen(socket.NETLINK_ROUTE, _ROUTE_GROUPS)
 
     def fileno(self) -> int:
@@ -146,10 +143,8 @@ class LinkEar:
     def events(self) -> Iterator[Event]:
         """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
         for datagram in _datagrams(self._socket):
-            if datagram is None:
-                self.overflows += 1
-                yield Event(self.source)
-            elif any(self._concerns(kind, body) for kind, body in _messages(datagram)):
+            messages = () if datagram is None else _messages(datagram)
+            if datagram is None or any(self._concerns(kind, body) for kind, body in messages):
                 yield Event(self.source)
 
     def _concerns(self, kind: int, body: bytes) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from tests.lab.netns import until
 from tests.lab.network import LAN_HOST, OUTSIDE, OUTSIDE_V6, Lab, Node
 from tests.lab.process import Snatd
-from tests.lab.who import seen_by, seen_by_udp
+from tests.lab.who import WhoServer, seen_by, seen_by_udp
 
 NARROW = "-s 172.7.21.0/24 ! -d 172.7.0.0/16 ! -o docker0 -m comment --comment snatd -j MASQUERADE"
 
@@ -152,6 +152,9 @@ def test_the_nodes_own_addresses_are_cut_out(backend: str, tmp_path: Path) -> No
             "cut_outs"
         ]
         assert seen_by(node.container, neighbour.container_address) == node.container_address
+        server = WhoServer(node.host)
+        assert seen_by(node.container, "10.200.0.1") == node.container_address
+        server.close()
 
 
 def test_exclude_is_masqueraded_inside_the_network(lab: Lab, node: Node, tmp_path: Path) -> None:

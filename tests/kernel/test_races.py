@@ -132,7 +132,7 @@ def test_legacy_against_a_rival_that_takes_the_lock(inside: Namespace, tmp_path:
     tables = _tables("legacy", tmp_path)
     lock = f"XTABLES_LOCKFILE={tmp_path / 'xtables.lock'}"
     script = (
-        f"export {lock}; n=0; while [ $n -lt 150 ]; do n=$((n+1)); "
+        f"export {lock}; n=0; while [ $n -lt 240 ]; do n=$((n+1)); "
         "iptables-legacy -w 20 -t nat -A FOREIGN -s 192.0.2.$n/32 -j RETURN; done"
     )
     inside.run("iptables-legacy", "-t", "nat", "-N", "FOREIGN")
@@ -142,7 +142,7 @@ def test_legacy_against_a_rival_that_takes_the_lock(inside: Namespace, tmp_path:
         writes += _narrow_and_widen(tables, inside, tmp_path)
     assert rival.returncode == 0
     listing = inside.run("iptables-legacy", "-t", "nat", "-S", "FOREIGN").splitlines()
-    assert listing[1:] == [f"-A FOREIGN -s 192.0.2.{n}/32 -j RETURN" for n in range(1, 151)]
+    assert listing[1:] == [f"-A FOREIGN -s 192.0.2.{n}/32 -j RETURN" for n in range(1, 241)]
     assert writes > 3
 
 

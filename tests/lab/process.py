@@ -107,10 +107,6 @@ class Snatd:
         until(lambda: len(self.events(name)) >= count, f"{count} x {name}", within_s)
         return self.events(name)
 
-    def wait_in_sync(self, within_s: float = 10.0) -> None:
-        """Until `check`, which reads the kernel itself, says so."""
-        until(lambda: self.command("check").returncode == 0, "in sync", within_s)
-
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

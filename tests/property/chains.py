@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from snatd.core.desired import Desired
 from snatd.core.model import Backend, Counters, Policy, Rule, Ruleset
 from snatd.core.plan import Shape, chain_name, narrowed, own_chain
-from snatd.core.rules import SNAT_TARGETS, Match, Target, own_jumps, parse
+from snatd.core.rules import Match, Target, own_jumps
 from tests.fakes import HAND_MADE, V4, egress, lease, link, networks, node, wish
 
 S = "-s 172.7.21.0/24"
@@ -134,9 +134,3 @@ def situations(draw: st.DrawFn) -> tuple[Desired, dict[Backend, Ruleset], Backen
     both = {one: draw(rulesets(wanted, one)) for one in Backend}
     only = draw(st.sampled_from((tuple(Backend), (Backend.NFT,), (Backend.LEGACY,))))
     return wanted, {one: both[one] for one in only}, draw(st.sampled_from(Backend))
-
-
-def is_snat(rule: Rule) -> bool:
-    """Whether a rule's own target rewrites sources."""
-    target = parse(rule.text).target
-    return target is not None and target.name in SNAT_TARGETS
