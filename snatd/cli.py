@@ -16,7 +16,8 @@ from typing import Any, TextIO
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused
-from snatd.core.model import Hold
+from snatd.core.guard import without_guard
+from snatd.core.model import Backend, Hold
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
 from snatd.host import status
@@ -298,14 +299,23 @@ def _revert_all(
     deadline = _deadline()
     done: list[Transaction] = []
     problems: list[str] = []
-    for tables in all_tables(tools, XtablesLock(), only=None):
+    # The guard goes last: until then what comes back hides nobody.
+    every = all_tables(tools, XtablesLock(), only=None)
+    for tables in sorted(every, key=lambda one: one.backend is Backend.GUARD):
         leased = None if isinstance(lease, Hold) else lease.of(tables.family)
+        if tables.backend is Backend.GUARD and tools.find("nft") is None:
+            # Nor could it have been written, unless nft was taken away since.
+            _warn(f"{tables.family.value} guard: not looked for, since nft is not installed")
+            continue
         where = (tables.family, tables.backend)
         memories = [memory for key, memory in remembered.items() if key[:2] == where]
         try:
             ruleset = tables.read(deadline, thorough=True)
-            transaction = revert(ruleset, memories, leased.subnet if leased else None)
-            if transaction.edits:
+            if tables.backend is Backend.GUARD:
+                transaction = without_guard(ruleset)
+            else:
+                transaction = revert(ruleset, memories, leased.subnet if leased else None)
+            if transaction is not None and transaction.edits:
                 tables.apply(transaction, deadline)
                 done.append(transaction)
         except BackendError as error:

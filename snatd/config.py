@@ -14,6 +14,7 @@ from snatd.core.model import (
     Backend,
     EgressPolicy,
     Family,
+    GuardPolicy,
     Network,
     Policy,
 )
@@ -36,9 +37,9 @@ class Config:
     state_dir: Path = Path("/var/lib/snatd")
     log_level: str = "info"
     log_format: str = "auto"
-    # Known, and checked, from now on; what they switch comes with the features they belong to.
     guard: str = "auto"
     masquerade_marks: tuple[int, ...] = (0x4000, 0x2000)
+    # Known, and checked, from now on; what they switch comes with the features they belong to.
     stale_flows: str = "report"
     probe: str = "repair"
     saved_rules: str = "auto"
@@ -47,7 +48,14 @@ class Config:
     @property
     def policy(self) -> Policy:
         backend = None if self.backend == "auto" else Backend(self.backend)
-        return Policy(self.networks, self.exclude, EgressPolicy(self.egress), backend)
+        return Policy(
+            self.networks,
+            self.exclude,
+            EgressPolicy(self.egress),
+            backend,
+            GuardPolicy(self.guard),
+            self.masquerade_marks,
+        )
 
 
 _CHOICES = {

@@ -300,6 +300,9 @@ class Daemon:
         view = done.view
         self._say("holding", "info", list(view.holds), over="hold_ended")
         self._say("cut_out", "info", list(report.cut_out_lines(view)))
+        self._say(
+            "no_guard", "warning", list(map(str, view.unguarded)), over="guarded", hint=_UNGUARDED
+        )
         # The first time-outs of a busy lock are nobody's worry; the third in a row is.
         busy = report.is_busy(view) and self._schedule.failures < 3
         if not busy:
@@ -360,4 +363,7 @@ class Daemon:
         )
 
 
+_UNGUARDED = (
+    "only the rules are narrowed: until a repair, and by chains of others, some may be SNATed"
+)
 _INOTIFY_HELP = "raise fs.inotify.max_user_instances and max_user_watches; polling meanwhile"

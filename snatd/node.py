@@ -8,7 +8,7 @@ from pathlib import Path
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.errors import NotPermitted
-from snatd.core.model import Lease, Network, NodeState
+from snatd.core.model import Backend, Lease, Network, NodeState
 from snatd.core.plan import Transaction
 from snatd.core.revert import remember
 from snatd.host.flannel import read_lease
@@ -47,7 +47,7 @@ def open_edges(
     memory_file = MemoryFile(config.state_dir)
 
     def keep(transaction: Transaction, subnet: Network | None) -> None:
-        if subnet is None:
+        if subnet is None or transaction.backend is Backend.GUARD:
             return
         key = (transaction.family, transaction.backend, subnet)
         try:

@@ -13,9 +13,25 @@ from typing import Protocol
 
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Absent, Desired, desired
-from snatd.core.errors import BackendBusy, BackendError, NotConverged, StaleRuleset
+from snatd.core.errors import (
+    BackendBusy,
+    BackendError,
+    BackendFailed,
+    NotConverged,
+    StaleRuleset,
+)
+from snatd.core.guard import plan_guard
 from snatd.core.mend import misplaced, undone
-from snatd.core.model import Backend, Family, Hold, Network, NodeState, Policy, Ruleset
+from snatd.core.model import (
+    Backend,
+    Family,
+    GuardPolicy,
+    Hold,
+    Network,
+    NodeState,
+    Policy,
+    Ruleset,
+)
 from snatd.core.plan import (
     Transaction,
     applied,
@@ -31,7 +47,7 @@ _UNDO_TRIES = 12
 
 
 class Tables(Protocol):
-    """The nat table of one family in one backend; the contract is tests/kernel/test_contract.py."""
+    """The rules of one family in one backend; the contract is tests/kernel/test_contract.py."""
 
     family: Family
 
@@ -45,7 +61,8 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class Edges:
-    """What a pass reads and writes through. `remember` is called before each write."""
+    """What a pass reads and writes through, in that order. `remember` is called before each write
+    to iptables rules."""
 
     read_node: Callable[[Deadline], NodeState]
     tables: Sequence[Tables]
@@ -70,13 +87,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class View:
-    """One look: what the node is, what it should be, what the rulesets are, what is to be done."""
+    """One look: what the node is, what it should be, what the rulesets are, what is to be done.
+
+    `unguarded`: why there is no guard, where the policy can do without.
+    """
 
     node: NodeState | None = None
     wanted: Mapping[Family, Wanted] = field(default_factory=dict)
     rulesets: tuple[Ruleset, ...] = ()
     plan: tuple[Transaction, ...] = ()
     problems: tuple[Problem, ...] = ()
+    unguarded: tuple[Problem, ...] = ()
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -113,8 +134,9 @@ def _look_at_rules(view: View, edges: Edges, policy: Policy, deadline: Deadline)
     assert view.node is not None
     rulesets: dict[Family, dict[Backend, Ruleset]] = {family: {} for family in view.wanted}
     problems = []
+    decided = {one: want for one, want in view.wanted.items() if not isinstance(want, Hold)}
     for tables in edges.tables:
-        if isinstance(view.wanted[tables.family], Hold) or not view.node.has(tables.family):
+        if tables.family not in decided or not view.node.has(tables.family):
             continue
         try:
             rulesets[tables.family][tables.backend] = tables.read(deadline)
@@ -122,14 +144,38 @@ def _look_at_rules(view: View, edges: Edges, policy: Policy, deadline: Deadline)
             # Of a family that is not leased we want nothing, so nothing is missing.
             if isinstance(view.wanted[tables.family], Desired):
                 problems.append(Problem(error, tables.family, tables.backend))
+    flat = tuple(ruleset for of_family in rulesets.values() for ruleset in of_family.values())
+    guards = {family: of.pop(Backend.GUARD, None) for family, of in rulesets.items()}
+    # The guards go first: whatever then happens to the other rules, no packet is wrong.
     transactions = [
         transaction
-        for family, wanted in view.wanted.items()
-        if not isinstance(wanted, Hold)
-        for transaction in plan(wanted, rulesets[family], policy.backend or view.node.iptables_is)
+        for family, wanted in decided.items()
+        if (guard := guards[family]) and (transaction := plan_guard(wanted, guard, policy))
     ]
-    flat = tuple(ruleset for of_family in rulesets.values() for ruleset in of_family.values())
-    return replace(view, rulesets=flat, plan=tuple(transactions), problems=tuple(problems))
+    for family, wanted in decided.items():
+        transactions += plan(wanted, rulesets[family], policy.backend or view.node.iptables_is)
+    view = replace(view, rulesets=flat, plan=tuple(transactions))
+    return _excused(view, problems, policy)
+
+
+def _excused(view: View, problems: Sequence[Problem], policy: Policy) -> View:
+    """A view with its problems. A guard that this node cannot have is none, unless it must."""
+    excused = [one for one in problems if _is_excusable(one, policy)]
+    where = {(one.family, one.backend) for one in excused}
+    return replace(
+        view,
+        plan=tuple(one for one in view.plan if (one.family, one.backend) not in where),
+        problems=tuple(one for one in problems if one not in excused),
+        unguarded=tuple(excused) if policy.guard is GuardPolicy.AUTO else (),
+    )
+
+
+def _is_excusable(problem: Problem, policy: Policy) -> bool:
+    return (
+        problem.backend is Backend.GUARD
+        and policy.guard is not GuardPolicy.ON
+        and isinstance(problem.error, BackendFailed)
+    )
 
 
 def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
@@ -158,10 +204,10 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
     left = {(one.family, one.backend): one for one in view.plan}
     for key, transaction in left.items():
         errors.setdefault(key, _not_converged(transaction, view))
-    problems = tuple(
+    problems = [
         Problem(error, *key) for key, error in errors.items() if key in left or _gave_up(error)
-    )
-    return Pass(replace(view, problems=(*view.problems, *problems)), tuple(done))
+    ]
+    return Pass(_excused(view, (*view.problems, *view.unguarded, *problems), policy), tuple(done))
 
 
 def _gave_up(error: BackendError | None) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy
-from snatd.core.model import Hold, Lease, Ruleset, count, join
+from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count, join
 from snatd.core.plan import Transaction
 from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
@@ -55,7 +55,9 @@ def _headline(view: View) -> str:
     if view.holds:
         return f"waiting: {view.holds[0]}"
     parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in _leased(view)]
-    return f"in sync: {'; '.join(parts) or 'nothing is leased in a family that this kernel has'}"
+    without = ", without a guard" if view.unguarded else ""
+    nothing = "nothing is leased in a family that this kernel has"
+    return f"in sync: {'; '.join(parts) + without if parts else nothing}"
 
 
 def _leased(view: View) -> Iterable[Desired]:
@@ -96,7 +98,8 @@ def document(view: View) -> dict[str, Any]:
             }
             for one in _leased(view)
         ],
-        "rulesets": [_ruleset(one) for one in view.rulesets],
+        "rulesets": [_ruleset(one) for one in view.rulesets if one.backend is not Backend.GUARD],
+        "guard": [_guard(one.family, view) for one in _leased(view)],
         "waiting_for": list(view.holds),
         "problems": [
             {
@@ -122,6 +125,29 @@ def _ruleset(ruleset: Ruleset) -> dict[str, Any]:
     }
 
 
+def _guard(family: Family, view: View) -> dict[str, Any]:
+    """`connections`: those that it gave their own address; a nat chain sees only first packets."""
+    rules = [
+        rule
+        for one in view.rulesets
+        if one.family is family and one.backend is Backend.GUARD
+        for rule in one.postrouting
+    ]
+    planned = any(one.family is family and one.backend is Backend.GUARD for one in view.plan)
+    counters = [rule.counters.packets for rule in rules if rule.counters]
+    failing = [
+        str(one.error)
+        for one in (*view.problems, *view.unguarded)
+        if one.family is family and one.backend is Backend.GUARD
+    ]
+    return {
+        "family": family.value,
+        "in_place": bool(rules) and not planned,
+        "connections": sum(counters) if rules else None,
+        "why_not": failing[0] if failing else None,
+    }
+
+
 def transaction_document(transaction: Transaction) -> dict[str, Any]:
     return {
         "family": transaction.family.value,
@@ -144,6 +170,7 @@ def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tu
     head = headline(view)
     notes = [f"waiting: {reason}" for reason in view.holds if reason not in head]
     notes += [f"problem: {problem}" for problem in view.problems if str(problem) not in head]
+    notes += [f"no guard: {problem}" for problem in view.unguarded]
     notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
     return (head, *diff(transactions, note), *notes)
 
@@ -160,6 +187,11 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         where = f"{one['family']} {one['backend']}"
         rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
         rows += [("", rule) for rule in one["ours"]]
+    for one in document["guard"]:
+        says = f"in place, gave {count(one['connections'], 'connection')} their own address"
+        if not one["in_place"]:
+            says = f"not in place: {one['why_not'] or 'off, or not written yet'}"
+        rows.append((f"{one['family']} guard", says))
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]
     repair = document["last_repair"]

@@ -33,6 +33,7 @@ from snatd.kernel.nft import restore_script
 
 V4, V6 = Family.V4, Family.V6
 NFT, LEGACY = Backend.NFT, Backend.LEGACY
+IPTABLES = (NFT, LEGACY)
 
 P = ip_network("172.7.21.0/24")
 N = ip_network("172.7.0.0/16")

@@ -41,10 +41,15 @@ SHORTEST_PREFIX = {Family.V4: 8, Family.V6: 16}
 
 
 class Backend(enum.Enum):
-    """Which of the kernel's two homes of iptables rules."""
+    """Where rules live: the kernel's two homes of iptables rules, and our own nft table."""
 
+    GUARD = "guard"
     NFT = "nft"
     LEGACY = "legacy"
+
+    def line(self, chain: str, text: str) -> str:
+        """A rule as the backend's own tool takes it."""
+        return f"add {text}" if self is Backend.GUARD else f"-A {chain} {text}"
 
 
 class EgressPolicy(enum.Enum):
@@ -55,14 +60,28 @@ class EgressPolicy(enum.Enum):
     KEEP = "keep"
 
 
+class GuardPolicy(enum.Enum):
+    """Whether the guard stands. AUTO: wherever nft and the kernel can do it."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class Policy:
-    """What the operator wants, as far as decisions depend on it."""
+    """What the operator wants, as far as decisions depend on it.
+
+    Traffic that carries one of `masquerade_marks` asks for masquerade: kube-proxy's 0x4000, the
+    host ports' 0x2000.
+    """
 
     networks: tuple[Network, ...] = ()
     exclude: tuple[Network, ...] = ()
     egress: EgressPolicy = EgressPolicy.AUTO
     backend: Backend | None = None
+    guard: GuardPolicy = GuardPolicy.AUTO
+    masquerade_marks: tuple[int, ...] = (0x4000, 0x2000)
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ruleset:
-    """nat POSTROUTING of one backend and family, and the chains of ours that it jumps to."""
+    """nat POSTROUTING of one backend and family, and the chains of ours that it jumps to.
+
+    Of the guard: its chain and rules in `postrouting`, none where the table does not exist.
+    """
 
     family: Family
     backend: Backend
@@ -162,9 +184,9 @@ class Ruleset:
         return self.postrouting if name == POSTROUTING else dict(self.own_chains).get(name)
 
     def lines(self) -> tuple[str, ...]:
-        """The whole as `iptables -S` would print it."""
-        own = [f"-A {name} {rule.text}" for name, rules in self.own_chains for rule in rules]
-        return (*(f"-A {POSTROUTING} {rule.text}" for rule in self.postrouting), *own)
+        """The whole as the backend's own tool would print it."""
+        chains = ((POSTROUTING, self.postrouting), *self.own_chains)
+        return tuple(self.backend.line(name, rule.text) for name, rules in chains for rule in rules)
 
 
 def join(items: Sequence[object], at_most: int = 4) -> str:

@@ -65,6 +65,8 @@ class Change(enum.Enum):
     ADDED = "rule_added"
     STALE = "stale_rule_removed"
     CHAIN = "own_chain_rewritten"
+    GUARD_WRITTEN = "guard_written"
+    GUARD_REMOVED = "guard_removed"
     UNDONE = "change_undone"
 
 
@@ -87,11 +89,14 @@ class Transaction:
 
     @property
     def removed(self) -> tuple[str, ...]:
-        return tuple(f"-A {edit.chain} {rule.text}" for edit in self.edits for rule in edit.removed)
+        return self._lines((edit.chain, rule) for edit in self.edits for rule in edit.removed)
 
     @property
     def added(self) -> tuple[str, ...]:
-        return tuple(f"-A {edit.chain} {rule.text}" for edit in self.edits for rule in edit.added)
+        return self._lines((edit.chain, rule) for edit in self.edits for rule in edit.added)
+
+    def _lines(self, rules: Iterable[tuple[str, Rule]]) -> tuple[str, ...]:
+        return tuple(self.backend.line(chain, rule.text) for chain, rule in rules)
 
 
 def applied(ruleset: Ruleset, transaction: Transaction) -> Ruleset:

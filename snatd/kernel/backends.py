@@ -1,4 +1,4 @@
-"""The homes of iptables rules on this node, and which its `iptables` command writes to."""
+"""The homes of rules on this node, and which its `iptables` command writes to."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import os
 
 from snatd.core.deadline import Deadline
 from snatd.core.model import Backend, Family
+from snatd.kernel.guard import GuardTable
 from snatd.kernel.legacy import LegacyTables
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.nft import NftTables
 from snatd.kernel.tools import Tools
 
-Tables = NftTables | LegacyTables
+Tables = GuardTable | NftTables | LegacyTables
 
 
 def all_tables(tools: Tools, lock: XtablesLock, only: Backend | None) -> tuple[Tables, ...]:
-    """Every backend of every family, in the order in which a plan goes through them."""
-    tables: list[Tables] = []
+    """The guards, then every backend of every family: in the order in which a plan goes through
+    them. `only`: of the two homes of iptables rules, this one."""
+    tables: list[Tables] = [GuardTable(family, tools) for family in Family]
     for family in Family:
         tables += [NftTables(family, tools), LegacyTables(family, tools, lock)]
-    return tuple(one for one in tables if only in (None, one.backend))
+    return tuple(
+        one for one in tables if only in (None, one.backend) or one.backend is Backend.GUARD
+    )
 
 
 def iptables_is(tools: Tools, deadline: Deadline) -> Backend:

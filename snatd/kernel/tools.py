@@ -72,7 +72,9 @@ class Tools:
             self._end(child)
         if child.returncode == 0:
             return os.fsdecode(out)
-        said = " ".join(err.decode(errors="replace").split()) or "no message"
+        # nft underlines what it means with a line of ^, which means nothing in one line.
+        words = (word for word in err.decode(errors="replace").split() if word.strip("^"))
+        said = " ".join(words) or "no message"
         if child.returncode == 4:
             raise BackendBusy(f"`{what}`: {said}")
         raise BackendFailed(f"`{what}` failed ({_exit(child.returncode)}): {said}")

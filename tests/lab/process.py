@@ -22,6 +22,7 @@ class Snatd:
     def __init__(self, host: Namespace, folder: Path, **settings: Any) -> None:
         self.host = host
         self.folder = folder
+        self.program: tuple[str, ...] = (SNATD,)
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "snatd.toml"
         self.settings = {"state_dir": str(folder / "state"), "log_format": "json", **settings}
@@ -53,7 +54,7 @@ class Snatd:
         extra = {"NOTIFY_SOCKET": str(self.folder / "notify"), **environment}
         with self.log_path.open("ab") as log:
             self._process = self.host.popen(
-                SNATD,
+                *self.program,
                 "run",
                 "--config",
                 str(self.config),
@@ -79,7 +80,9 @@ class Snatd:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Another `snatd` command with the same configuration."""
         return subprocess.run(
-            self.host.command(SNATD, arguments[0], "--config", str(self.config), *arguments[1:]),
+            self.host.command(
+                *self.program, arguments[0], "--config", str(self.config), *arguments[1:]
+            ),
             env=self.host.environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tests.lab.netns import Namespace
@@ -106,3 +108,36 @@ def seen_by_udp(host: Namespace, destination: str, timeout_s: float = 2.0) -> st
             return caller.recv(64).decode()
         except OSError:
             return None
+
+
+Seen = Counter[tuple[str, str | None]]
+
+
+def census(
+    host: Namespace,
+    destinations: Sequence[str],
+    more: Callable[[int], bool],
+    first_port: int = 10_000,
+    timeout_s: float = 0.5,
+) -> Seen:
+    """As whom each destination sees a host, over many UDP flows one after the other.
+
+    Each flow has a source port of its own, counted up: no flow meets the entry of an earlier one.
+    `more` is asked before each round with the number of rounds so far.
+    """
+    seen: Seen = Counter()
+    number = 0
+    with host.entered():
+        while more(number):
+            for destination in destinations:
+                with socket.socket(_family(destination), socket.SOCK_DGRAM) as caller:
+                    caller.settimeout(timeout_s)
+                    caller.bind(("", first_port + number))
+                    caller.sendto(b"who", (destination, PORT))
+                    try:
+                        answer: str | None = caller.recv(64).decode()
+                    except OSError:
+                        answer = None
+                seen[destination, answer] += 1
+            number += 1
+    return seen

@@ -8,7 +8,7 @@ from snatd.core.desired import Desired
 from snatd.core.model import Backend, Counters, Policy, Rule, Ruleset
 from snatd.core.plan import Shape, chain_name, narrowed, own_chain
 from snatd.core.rules import Match, Target, own_jumps
-from tests.fakes import HAND_MADE, V4, egress, lease, link, networks, node, wish
+from tests.fakes import HAND_MADE, IPTABLES, V4, egress, lease, link, networks, node, wish
 
 S = "-s 172.7.21.0/24"
 MARK = "-m comment --comment snatd"
@@ -131,6 +131,6 @@ def contents(draw: st.DrawFn, name: str, wanted: Desired) -> tuple[Rule, ...]:
 def situations(draw: st.DrawFn) -> tuple[Desired, dict[Backend, Ruleset], Backend]:
     """A wish, what one or both backends hold, and which of them the iptables command is."""
     wanted = draw(st.sampled_from(WISHES))
-    both = {one: draw(rulesets(wanted, one)) for one in Backend}
-    only = draw(st.sampled_from((tuple(Backend), (Backend.NFT,), (Backend.LEGACY,))))
-    return wanted, {one: both[one] for one in only}, draw(st.sampled_from(Backend))
+    both = {one: draw(rulesets(wanted, one)) for one in IPTABLES}
+    only = draw(st.sampled_from((IPTABLES, (Backend.NFT,), (Backend.LEGACY,))))
+    return wanted, {one: both[one] for one in only}, draw(st.sampled_from(IPTABLES))

@@ -10,7 +10,7 @@ import pytest
 
 from snatd.config import Config, from_table, load
 from snatd.core.errors import ConfigError
-from snatd.core.model import EgressPolicy, Policy
+from snatd.core.model import EgressPolicy, GuardPolicy, Policy
 from tests.fakes import LEGACY, networks
 
 
@@ -75,7 +75,9 @@ def test_every_key(tmp_path: Path) -> None:
         metrics_textfile=Path("/srv/snatd.prom"),
     )
     assert all(getattr(found, one.name) != one.default for one in fields(Config))
-    assert found.policy == Policy(found.networks, found.exclude, EgressPolicy.KEEP, LEGACY)
+    assert found.policy == Policy(
+        found.networks, found.exclude, EgressPolicy.KEEP, LEGACY, GuardPolicy.OFF, (0x4000, 8)
+    )
 
 
 def test_all_complaints_come_at_once() -> None:

@@ -182,6 +182,7 @@ def test_the_document_is_json_and_whole() -> None:
             "ipmasq",
             "families",
             "rulesets",
+            "guard",
             "waiting_for",
             "problems",
             "plan",
