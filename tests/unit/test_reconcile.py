@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, NotConverged, StaleRuleset
-from snatd.core.model import Family, Hold, Lease, Network, NodeState, Policy
+from snatd.core.model import (
+    Backend,
+    Family,
+    GuardPolicy,
+    Hold,
+    Lease,
+    Network,
+    NodeState,
+    Policy,
+    Rule,
+    Ruleset,
+)
 from snatd.core.plan import Transaction
 from snatd.reconcile import Edges, Pass, look, put_back, reconcile
 from tests.fakes import (
@@ -330,3 +342,67 @@ def test_keep_writes_nothing_into_an_empty_table() -> None:
     tables = nft()
     done = reconcile(edges(tables), egress("keep"), FAR_AWAY)
     assert (tables.written, done.view.in_sync) == ([], True)
+
+
+def guard(*lines: str, family: Family = V4) -> FakeTables:
+    return FakeTables(Ruleset(family, Backend.GUARD, tuple(map(Rule, lines))))
+
+
+def test_the_guard_is_written_before_anything_else() -> None:
+    order: list[Backend] = []
+    tables = [guard(), nft(BROAD), legacy(BROAD)]
+    for one in tables:
+        one.before_apply = lambda one: order.append(one.backend)
+    done = passed(*tables)
+    assert order == [Backend.GUARD, NFT, LEGACY]
+    assert done.view.in_sync
+    assert [rule.split()[0] for rule in tables[0].texts] == ["chain", "rule"]
+    assert passed(*tables).applied == ()
+
+
+def test_the_guard_stands_while_the_bridge_is_waited_for() -> None:
+    tables = guard(), nft(BROAD)
+    done = passed(*tables, of=node(None, LO, ETH0))
+    assert [one.backend for one in done.applied] == [Backend.GUARD]
+    assert tables[1].texts == [BROAD]
+
+
+def with_guard(how: str, *tables: FakeTables) -> Pass:
+    return reconcile(edges(*tables), Policy(guard=GuardPolicy(how)), FAR_AWAY)
+
+
+@pytest.mark.parametrize("fails", ["reads", "writes"])
+@pytest.mark.parametrize(
+    ("how", "in_sync", "problems", "unguarded"),
+    [("auto", True, 0, 1), ("on", False, 1, 0), ("off", True, 0, 0)],
+)
+def test_a_guard_that_cannot_be_had(
+    fails: str, how: str, in_sync: bool, problems: int, unguarded: int
+) -> None:
+    tables = guard(*["rule of an older one"] * (how == "off")), nft(BROAD)
+    getattr(tables[0], fails).extend([refused("no such hook")] * 9)
+    done = with_guard(how, *tables)
+    assert tables[1].texts == [OURS], "the others go on"
+    assert done.view.in_sync is in_sync
+    assert len(done.view.problems) == problems
+    assert len(done.view.unguarded) == unguarded
+
+
+@pytest.mark.parametrize("how", ["auto", "on"])
+@pytest.mark.parametrize("error", [BackendBusy("held"), NotConverged("otherwise")])
+def test_a_guard_that_may_come_is_not_given_up(how: str, error: BackendError) -> None:
+    tables = guard(), nft(OURS)
+    tables[0].writes.extend([error] * 9)
+    done = with_guard(how, *tables)
+    assert [one.backend for one in done.view.problems] == [Backend.GUARD]
+    assert done.view.unguarded == ()
+
+
+def test_a_guard_that_somebody_takes_away_again_and_again_is_a_problem() -> None:
+    def take(one: FakeTables) -> None:
+        one.ruleset = replace(one.ruleset, postrouting=())
+
+    tables = guard(), nft(OURS)
+    tables[0].after_apply = take
+    done = with_guard("auto", *tables)
+    assert [type(one.error) for one in done.view.problems] == [NotConverged]
