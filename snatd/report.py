@@ -188,7 +188,7 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
         rows += [("", rule) for rule in one["ours"]]
     for one in document["guard"]:
-        says = f"in place, gave {count(one['connections'], 'connection')} their own address"
+        says = f"in place; {count(one['connections'] or 0, 'connection')} kept their address by it"
         if not one["in_place"]:
             says = f"not in place: {one['why_not'] or 'off, or not written yet'}"
         rows.append((f"{one['family']} guard", says))

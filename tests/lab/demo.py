@@ -36,7 +36,7 @@ class Story:
 
     def lines(self, text: str) -> None:
         for line in text.splitlines():
-            ours = "--comment snatd" in line
+            ours = "--comment snatd" in line or "snat to ip saddr" in line
             print(f"    {self.paint(line, 'green' if ours else 'dim')}", flush=True)
 
     def expect(self, what: str, seen: str | None, wanted: str, meaning: str) -> None:
@@ -114,6 +114,13 @@ def _tell(story: Story, backend: str) -> None:
                 story.lines(f"{head}: {fields}")
             if (status := snatd.stop()) != 0:
                 story.missed.append(f"snatd ended with {status}")
+
+        story.head("With snatd gone, Docker puts its rule back, and nobody repairs it")
+        _iptables(node, "-I", "POSTROUTING", *node.broad_rule)
+        story.lines(_rules(node))
+        story.lines(node.host.run("nft", "list", "table", "ip", "snatd"))
+        _ask(story, node, neighbour, node.container_address, "its own all the same: the guard")
+        _ask_outside(story, node)
 
 
 def _docker_restarts(node: Node) -> Iterator[tuple[str, float]]:

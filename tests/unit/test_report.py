@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from snatd.core.errors import BackendBusy, BackendError
-from snatd.core.model import Hold, Policy, Rule, Ruleset
+from snatd.core.guard import guard_rules, plan_guard
+from snatd.core.model import Backend, Counters, Hold, Policy, Rule, Ruleset
 from snatd.reconcile import Edges, Problem, View, look, reconcile
 from snatd.report import (
     cut_out_lines,
@@ -241,3 +243,42 @@ def test_the_daemons_first_word() -> None:
     assert "repairs 3" in rows
     assert any(row.startswith("waiting no device carries 172.7.21.1/24") for row in rows)
     assert "problem table `nat' is incompatible" in rows
+
+
+def with_guard(counted: Counters | None = None, *, planned: bool = False) -> View:
+    ruleset = Ruleset(V4, Backend.GUARD, guard_rules(wish(), (0x4000,)))
+    if counted:
+        chain, rule = ruleset.postrouting
+        ruleset = replace(ruleset, postrouting=(chain, replace(rule, counters=counted)))
+    plan = plan_guard(wish(), ruleset, Policy())
+    return View(wanted={V4: wish()}, rulesets=(ruleset,), plan=(plan,) if plan and planned else ())
+
+
+def test_the_guard_in_the_document_and_for_people() -> None:
+    view = with_guard(Counters(7, 420))
+    found = document(view)
+    assert found["guard"] == [
+        {"family": "ipv4", "in_place": True, "connections": 7, "why_not": None}
+    ]
+    assert found["rulesets"] == [], "it is no ruleset of iptables"
+    rows = [" ".join(line.split()) for line in status_lines({**found, **DAEMONS_WORD})]
+    assert "ipv4 guard in place; 7 connections kept their address by it" in rows
+
+
+def test_a_guard_that_is_to_be_written_is_not_in_place() -> None:
+    (guard,) = document(with_guard(planned=True))["guard"]
+    assert not guard["in_place"]
+
+
+def test_without_a_guard_it_says_so_everywhere() -> None:
+    why = Problem(refused("Operation not supported"), V4, Backend.GUARD)
+    view = View(wanted={V4: wish()}, unguarded=(why,))
+    assert exit_code(view) == 0
+    assert headline(view) == (
+        "in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16, without a guard"
+    )
+    assert "no guard: ipv4 guard: Operation not supported" in lines(view, ())
+    found = document(view)
+    assert found["guard"][0]["why_not"] == "Operation not supported"
+    rows = [" ".join(line.split()) for line in status_lines({**found, **DAEMONS_WORD})]
+    assert "ipv4 guard not in place: Operation not supported" in rows
