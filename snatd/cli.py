@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
@@ -45,6 +46,13 @@ fails, 77 not permitted, 78 the configuration is wrong
 _FLOWS_EXITS = """\
 exit status: 0 listed or deleted, 3 waiting for flannel, 4 the connections cannot be read,
 77 not permitted, 78 the configuration is wrong
+"""
+
+
+_VERIFY_EXITS = """\
+exit status: 0 every datagram into the networks kept its source, 1 one was SNATed, 3 not proved: no
+neighbour, no answer or no lease, 4 the node cannot be read, 77 not permitted, 78 the configuration
+is wrong
 """
 
 
@@ -129,7 +137,30 @@ def _parser() -> argparse.ArgumentParser:
         help="delete these, and no others: a UDP flow goes on with the right address, "
         "a TCP connection is reset",
     )
+    verify = add(
+        "verify",
+        _verify,
+        "send a datagram to each neighbour, and say which source the kernel gave it",
+        exits=_VERIFY_EXITS,
+    )
+    verify.add_argument(
+        "destinations",
+        nargs="*",
+        type=_address,
+        metavar="DST",
+        help="addresses to send to, instead of the neighbours that the routes tell",
+    )
     return parser
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address") from None
+    if address.is_multicast or address.is_unspecified or address.is_link_local:
+        raise argparse.ArgumentTypeError(f"{text} is no container's address")
+    return address
 
 
 def _seconds(text: str) -> float:
@@ -342,6 +373,15 @@ def _flows(options: argparse.Namespace) -> int:
     settings = config.load(options.config)
     require_permission()
     return _answer(options, flows(settings, options.delete))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from snatd.node import require_permission
+    from snatd.verify import verify
+
+    settings = config.load(options.config)
+    require_permission()
+    return _answer(options, verify(settings, options.destinations))
 
 
 def _answer(options: argparse.Namespace, answer: report.Answer) -> int:

@@ -121,6 +121,13 @@ def _icmp(original: dict[str, str]) -> tuple[int, int, int]:
     return int(original["type"]), int(original["code"]), int(original["id"])
 
 
+def concerns(destination: Address, desired: Desired) -> bool:
+    """Whether a container of the subnet is to be seen there under its own address."""
+    return destination not in desired.subnet and any(
+        destination in network for network in desired.networks
+    )
+
+
 def verdict(flow: Flow, desired: Desired, marks: int) -> Verdict:
     """Whether a connection from the subnet into the networks kept its source.
 
@@ -131,9 +138,7 @@ def verdict(flow: Flow, desired: Desired, marks: int) -> Verdict:
     A zone is another program's namespace of connections.
     """
     key = flow.key
-    if key.source not in desired.subnet or key.destination in desired.subnet:
-        return Verdict.FOREIGN
-    if not any(key.destination in network for network in desired.networks):
+    if key.source not in desired.subnet or not concerns(key.destination, desired):
         return Verdict.FOREIGN
     if (flow.answered_by, flow.answered_from_port) != (key.destination, key.destination_port):
         return Verdict.FOREIGN
