@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
@@ -43,6 +44,19 @@ fails, 77 not permitted, 78 the configuration is wrong
 """
 
 
+_FLOWS_EXITS = """\
+exit status: 0 listed or deleted, 3 waiting for flannel, 4 the connections cannot be read,
+77 not permitted, 78 the configuration is wrong
+"""
+
+
+_VERIFY_EXITS = """\
+exit status: 0 every datagram into the networks kept its source, 1 one was SNATed, 3 not proved: no
+neighbour, no answer or no lease, 4 the node cannot be read, 77 not permitted, 78 the configuration
+is wrong
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     options = _parser().parse_args(arguments)
@@ -54,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status_code = _failed(options, (str(error),), report.EXIT_NOT_PERMITTED)
     except (Refused, AlreadyRunning) as error:
         status_code = _failed(options, (str(error),), 1)
+    except BackendError as error:
+        status_code = _failed(options, (str(error),), report.EXIT_FAILING)
     for stream in (sys.stdout, sys.stderr):
         _write(stream, "")
     return status_code
@@ -77,12 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snatd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, text: str, *, reports: bool = True) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Any, text: str, *, reports: bool = True, exits: str = _EXITS
+    ) -> argparse.ArgumentParser:
         one = commands.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_EXITS,
+            epilog=exits,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         one.add_argument(
@@ -108,7 +126,42 @@ def _parser() -> argparse.ArgumentParser:
     add("confirm", _confirm, "keep what a waiting `snatd apply --confirm` has done")
     add("status", _status, "show what the running daemon says of itself")
     add("revert", _revert, "put back the rules that were there before snatd's, and remove its own")
+    flows = add(
+        "flows",
+        _flows,
+        "list the connections whose container is still seen as somebody else",
+        exits=_FLOWS_EXITS,
+    )
+    flows.add_argument(
+        "--delete",
+        choices=("udp", "all"),
+        help="delete these, and no others: a UDP flow goes on with the right address, "
+        "a TCP connection is reset",
+    )
+    verify = add(
+        "verify",
+        _verify,
+        "send a datagram to each neighbour, and say which source the kernel gave it",
+        exits=_VERIFY_EXITS,
+    )
+    verify.add_argument(
+        "destinations",
+        nargs="*",
+        type=_address,
+        metavar="DST",
+        help="addresses to send to, instead of the neighbours that the routes tell",
+    )
     return parser
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address") from None
+    if address.is_multicast or address.is_unspecified or address.is_link_local:
+        raise argparse.ArgumentTypeError(f"{text} is no container's address")
+    return address
 
 
 def _seconds(text: str) -> float:
@@ -321,6 +374,34 @@ def _revert_all(
         except BackendError as error:
             problems.append(f"{tables.family.value} {tables.backend.value}: {error}")
     return done, problems
+
+
+def _flows(options: argparse.Namespace) -> int:
+    from snatd.flows import flows
+    from snatd.node import require_permission
+
+    settings = config.load(options.config)
+    require_permission()
+    return _answer(options, flows(settings, options.delete))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from snatd.node import require_permission
+    from snatd.verify import verify
+
+    settings = config.load(options.config)
+    require_permission()
+    return _answer(options, verify(settings, options.destinations))
+
+
+def _answer(options: argparse.Namespace, answer: report.Answer) -> int:
+    for warning in answer.warnings:
+        _warn(warning)
+    if options.json:
+        _print_json(answer.document)
+    else:
+        _print_lines(answer.lines)
+    return answer.exit_code
 
 
 def _warn(text: str) -> None:

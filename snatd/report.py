@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from snatd.core.desired import Desired
@@ -14,6 +15,16 @@ from snatd.reconcile import View
 
 EXIT_OK, EXIT_DRIFT, EXIT_WAITING, EXIT_FAILING = 0, 1, 3, 4
 EXIT_NOT_PERMITTED, EXIT_CONFIG = 77, 78
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: as JSON, as lines, to stderr, and as its exit status."""
+
+    document: dict[str, Any]
+    lines: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    exit_code: int = EXIT_OK
 
 
 def exit_code(view: View) -> int:

@@ -55,5 +55,9 @@ class RuleError(SnatdError):
     """A rule or a listing is not in the language of `iptables -S`."""
 
 
+class FlowError(SnatdError):
+    """A line is not one of a connection as `conntrack` prints it."""
+
+
 class LeaseError(SnatdError):
     """subnet.env is missing, half-written, malformed or contradicts itself."""

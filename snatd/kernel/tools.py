@@ -45,11 +45,32 @@ class Tools:
         process could be made; BackendFailed on any other exit but 0, when the output is thrown away
         since it may be cut (iptables prints half a list before it fails on an unknown extension).
         """
+        limit_s = deadline.remaining_s(time.monotonic())
+        child = self.start(argv, stdin=bool(stdin), environment=environment)
+        try:
+            out, err = child.communicate(os.fsencode(stdin) or None, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            what = " ".join(argv)
+            raise BackendBusy(f"`{what}` did not answer within {limit_s:.1f} s") from None
+        finally:
+            self.end(child)
+        check_exit(argv, child.returncode, err)
+        return os.fsdecode(out)
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """A running child, to be read by the caller and given to `end`, whatever comes.
+
+        Raises BackendFailed where it is not installed, BackendBusy where no process can be made.
+        """
         path = self.find(argv[0])
         if path is None:
             raise BackendFailed(f"{argv[0]} is not installed, or not in PATH or {SEARCH_PATH}")
-        what = " ".join(argv)
-        limit_s = deadline.remaining_s(time.monotonic())
         try:
             child = subprocess.Popen(
                 [path, *argv[1:]],
@@ -64,23 +85,11 @@ class Tools:
                 raise BackendFailed(f"{path} cannot be run: {error.strerror}") from None
             raise BackendBusy(f"{path} cannot be started now: {error.strerror}") from None
         self.own_pids.append(child.pid)
-        try:
-            out, err = child.communicate(os.fsencode(stdin) or None, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            raise BackendBusy(f"`{what}` did not answer within {limit_s:.1f} s") from None
-        finally:
-            self._end(child)
-        if child.returncode == 0:
-            return os.fsdecode(out)
-        # nft underlines what it means with a line of ^, which means nothing in one line.
-        words = (word for word in err.decode(errors="replace").split() if word.strip("^"))
-        said = " ".join(words) or "no message"
-        if child.returncode == 4:
-            raise BackendBusy(f"`{what}`: {said}")
-        raise BackendFailed(f"`{what}` failed ({_exit(child.returncode)}): {said}")
+        return child
 
     @staticmethod
-    def _end(child: subprocess.Popen[bytes]) -> None:
+    def end(child: subprocess.Popen[bytes]) -> None:
+        """Kills the child's process group if it still runs, and closes what led to it."""
         if child.poll() is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -89,6 +98,19 @@ class Tools:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
+
+
+def check_exit(argv: Sequence[str], returncode: int, err: bytes) -> None:
+    """Raises what another exit status than 0 means: BackendBusy for 4, BackendFailed else."""
+    if returncode == 0:
+        return
+    what = " ".join(argv)
+    # nft underlines what it means with a line of ^, which means nothing in one line.
+    words = (word for word in err.decode(errors="replace").split() if word.strip("^"))
+    said = " ".join(words) or "no message"
+    if returncode == 4:
+        raise BackendBusy(f"`{what}`: {said}")
+    raise BackendFailed(f"`{what}` failed ({_exit(returncode)}): {said}")
 
 
 def _exit(returncode: int) -> str:

@@ -1,0 +1,173 @@
+"""Connections as `conntrack -L` prints them, and which of them hide a container's address.
+
+Raises nothing but `FlowError`. Deletes nothing; that is `kernel.conntrack`.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import re
+from array import array
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+from snatd.core.desired import Desired
+from snatd.core.errors import FlowError
+
+Address = IPv4Address | IPv6Address
+
+# libnetfilter_conntrack's default output (1.0.9): protocol, number, seconds left (none for an entry
+# that hardware keeps alive), state, the original tuple, the reply tuple, and then what there is.
+_LINE = re.compile(
+    r"(?P<name>[a-z0-9-]+) +(?P<number>\d{1,3}) (?:(?P<timeout>\d{1,10}) )?(?:[A-Z][A-Z0-9_]* )?"
+    r"src=(?P<source>\S+) dst=(?P<destination>\S+) (?P<original>.*?)"
+    r"src=(?P<reply_source>\S+) dst=(?P<reply_destination>\S+) (?P<reply>.*)"
+)
+
+
+@dataclass(frozen=True)
+class FlowKey:
+    """What names one entry: its original tuple. `icmp`: type, code, id."""
+
+    protocol: int
+    source: Address
+    destination: Address
+    source_port: int | None = None
+    destination_port: int | None = None
+    icmp: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """An entry. `id` is the kernel's, a hash of the tuple and of where the entry lies in memory.
+
+    `age_s` is known only where net.netfilter.nf_conntrack_timestamp is switched on.
+    """
+
+    key: FlowKey
+    protocol: str
+    id: int
+    seen_as: Address
+    answered_by: Address
+    answered_from_port: int | None
+    timeout_s: int | None = None
+    age_s: int | None = None
+    mark: int = 0
+    zoned: bool = False
+
+    @property
+    def identity(self) -> int:
+        """32 bits that are the same for the same connection with the same outcome.
+
+        Not `id` alone: the next connection of the same tuple may be put where the last one was, and
+        then has its id (seen on 6.18), but perhaps another source.
+        """
+        return self.id ^ int(self.seen_as) % 0xFFFFFFFB
+
+
+class Verdict(enum.Enum):
+    """What became of a connection's source address."""
+
+    KEPT = "kept"
+    WRONG = "wrong"
+    FOREIGN = "foreign"
+
+
+def parse_flow(line: str) -> Flow:
+    """One line of `conntrack -L -o id`. Raises FlowError where it cannot be read for certain."""
+    match = _LINE.fullmatch(line.rstrip())
+    if match is None:
+        raise FlowError(f"conntrack printed a line that cannot be read: {line[:120]!r}")
+    original, reply = _pairs(match["original"]), _pairs(match["reply"])
+    name = match["name"]
+    try:
+        icmp = name.startswith("icmp")
+        ports = original.get("sport", original.get("srckey"))
+        key = FlowKey(
+            protocol=int(match["number"]),
+            source=ipaddress.ip_address(match["source"]),
+            destination=ipaddress.ip_address(match["destination"]),
+            source_port=_number(ports),
+            destination_port=_number(original.get("dport", original.get("dstkey"))),
+            icmp=_icmp(original) if icmp else None,
+        )
+        return Flow(
+            key=key,
+            protocol=name if name != "unknown" else match["number"],
+            # The reply of an ICMP entry has an `id` too; the entry's own is printed last.
+            id=int(match["reply"].rpartition(" id=")[2].split(" ", 1)[0]),
+            seen_as=ipaddress.ip_address(match["reply_destination"]),
+            answered_by=ipaddress.ip_address(match["reply_source"]),
+            answered_from_port=_number(reply.get("sport", reply.get("srckey"))),
+            timeout_s=_number(match["timeout"]),
+            age_s=_number(reply.get("delta-time")),
+            mark=int(reply.get("mark", "0")),
+            zoned="zone" in match["original"] or "zone" in match["reply"],
+        )
+    except (ValueError, KeyError) as error:
+        raise FlowError(f"conntrack printed {line[:120]!r}: {error}") from None
+
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text, 0)
+
+
+def _icmp(original: dict[str, str]) -> tuple[int, int, int]:
+    return int(original["type"]), int(original["code"]), int(original["id"])
+
+
+def concerns(destination: Address, desired: Desired) -> bool:
+    """Whether a container of the subnet is to be seen there under its own address."""
+    return destination not in desired.subnet and any(
+        destination in network for network in desired.networks
+    )
+
+
+def verdict(flow: Flow, desired: Desired, marks: int) -> Verdict:
+    """Whether a connection from the subnet into the networks kept its source.
+
+    In doubt it is FOREIGN, and so is never deleted. The entry does not hold the packet's mark, by
+    which kube-proxy and host ports ask for masquerade (tested: it is 0 after their work), but that
+    is always asked for together with another destination: an answer from elsewhere than the one
+    who was called is service traffic. `marks` count where somebody saved them in the entry.
+    A zone is another program's namespace of connections.
+    """
+    key = flow.key
+    if key.source not in desired.subnet or not concerns(key.destination, desired):
+        return Verdict.FOREIGN
+    if (flow.answered_by, flow.answered_from_port) != (key.destination, key.destination_port):
+        return Verdict.FOREIGN
+    if flow.mark & marks or flow.zoned:
+        return Verdict.FOREIGN
+    return Verdict.KEPT if flow.seen_as == key.source else Verdict.WRONG
+
+
+def to_delete(flow: Flow, policy: str) -> bool:
+    """Whether the policy (`off`, `report`, `udp`, `all`) deletes a wrong flow.
+
+    A UDP flow goes on with the right address with its next packet; a TCP connection's peer knows
+    nobody at that address and resets it.
+    """
+    return policy == "all" or (policy == "udp" and flow.protocol == "udp")
+
+
+class Ids:
+    """A growing set of flows' identities at 4 bytes each: those of a whole table take 1.5 MB, where
+    a set takes 16. Spread over rows of about 64, none is ever sorted or copied as a whole."""
+
+    def __init__(self) -> None:
+        self._rows = [array("I") for _ in range(4096)]
+
+    def add(self, one: int) -> None:
+        self._rows[one % 4096].append(one)
+
+    def __contains__(self, one: int) -> bool:
+        return one in self._rows[one % 4096]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows))

@@ -1,0 +1,124 @@
+"""`snatd flows`: the connections that hide a container's address, and the end of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from snatd.config import Config
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired, desired
+from snatd.core.errors import BackendError
+from snatd.core.flows import Flow
+from snatd.core.model import Family, Hold, NodeState, count
+from snatd.kernel.tools import Tools
+from snatd.node import open_edges
+from snatd.report import EXIT_FAILING, EXIT_OK, EXIT_WAITING, Answer
+
+_LIMIT_S = 20.0
+_HEAD = ("PROTOCOL", "SOURCE", "DESTINATION", "SEEN AS", "ENDS IN", "AGE")
+
+
+def read_leased(
+    settings: Config, tools: Tools, limit_s: float
+) -> tuple[NodeState, tuple[Desired, ...], tuple[str, ...]]:
+    """The node, what holds in each leased family, and why that cannot be told of others.
+
+    Raises BackendError where the node cannot be read.
+    """
+    edges = open_edges(settings, tools)
+    node = edges.read_node(Deadline(time.monotonic() + limit_s))
+    wanted = [desired(family, node, settings.policy) for family in Family]
+    holds = dict.fromkeys(one.reason for one in wanted if isinstance(one, Hold))
+    return node, tuple(one for one in wanted if isinstance(one, Desired)), tuple(holds)
+
+
+def flows(settings: Config, delete: str | None = None) -> Answer:
+    """Lists the wrong flows, or deletes those of a policy (`udp`, `all`). Blocks up to 20 s a
+    family; raises BackendError where the node cannot be read."""
+    # Imported here: pyroute2 costs 0.3 s, and a configuration error should not wait for that.
+    from snatd.kernel.conntrack import Sweep
+
+    tools = Tools()
+    _, leased, waiting = read_leased(settings, tools, _LIMIT_S)
+    policy, marks = delete or "report", sum(settings.masquerade_marks)
+    tallies, warnings = [], list(waiting)
+    exit_code = EXIT_OK if leased else EXIT_WAITING
+    for one in leased:
+        try:
+            tallies.append(Sweep(one, tools, _LIMIT_S, marks=marks, policy=policy).run())
+        except BackendError as error:
+            warnings.append(f"{one.family.value}: {error}")
+            exit_code = EXIT_FAILING
+    shown = [flow for tally in tallies for flow in tally.flows]
+    wrong = sum(tally.wrong for tally in tallies)
+    deleted = sum(tally.deleted for tally in tallies)
+    warnings += [
+        f"cut off {tally.cut_off}: there may be more" for tally in tallies if tally.cut_off
+    ]
+    if len(shown) < wrong and not delete:
+        warnings.append(f"only the first {len(shown)} of {wrong} are listed")
+    if delete == "all" and any(tally.deleted for tally in tallies):
+        warnings.append("a TCP connection that was deleted is reset with its next packet")
+    document: dict[str, Any] = {
+        "flows": [flow_document(flow) for flow in shown],
+        "wrong": wrong,
+        "cut_off": any(tally.cut_off for tally in tallies),
+    }
+    if delete:
+        document["deleted"] = deleted
+    if not wrong:
+        lines: tuple[str, ...] = ("no flow hides a container's address",)
+    elif delete:
+        lines = (f"{count(deleted, 'flow')} deleted, {wrong - deleted} left",)
+    else:
+        lines = flow_lines(shown)
+    return Answer(document, lines if tallies else (), tuple(warnings), exit_code)
+
+
+def flow_document(flow: Flow) -> dict[str, Any]:
+    """One flow as JSON."""
+    key = flow.key
+    return {
+        "family": f"ipv{key.source.version}",
+        "protocol": flow.protocol,
+        "source": str(key.source),
+        "source_port": key.source_port,
+        "destination": str(key.destination),
+        "destination_port": key.destination_port,
+        "icmp": dict(zip(("type", "code", "id"), key.icmp, strict=True)) if key.icmp else None,
+        "seen_as": str(flow.seen_as),
+        "timeout_s": flow.timeout_s,
+        "age_s": flow.age_s,
+    }
+
+
+def flow_lines(shown: Iterable[Flow]) -> tuple[str, ...]:
+    """A table of flows. `ENDS IN` is what is left if no packet comes."""
+    rows = [_HEAD, *map(_row, shown)]
+    if all(row[-1] == "" for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return tuple(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _row(flow: Flow) -> tuple[str, ...]:
+    key = flow.key
+    return (
+        flow.protocol,
+        _end(str(key.source), key.source_port),
+        _end(str(key.destination), key.destination_port),
+        str(flow.seen_as),
+        "" if flow.timeout_s is None else f"{flow.timeout_s} s",
+        "" if flow.age_s is None else f"{flow.age_s} s",
+    )
+
+
+def _end(address: str, port: int | None) -> str:
+    if port is None:
+        return address
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -1,0 +1,124 @@
+"""`snatd verify`: a datagram to each neighbour, and which source the kernel gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from snatd.config import Config
+from snatd.core.desired import Desired
+from snatd.core.errors import BackendError
+from snatd.core.flows import Address, FlowKey, concerns
+from snatd.core.model import Hold, NodeState, join
+from snatd.core.proof import Probe, conclusion, exit_code, neighbours, unused_address
+from snatd.flows import read_leased
+from snatd.kernel.tools import Tools
+from snatd.report import EXIT_FAILING, Answer
+
+_LIMIT_S = 20.0
+_ANSWER_S = 0.3
+_NO_ENTRY = (
+    "no entry: connection tracking is off (no nat rule needs it, and nothing is SNATed), "
+    "or the packet is exempt from it (NOTRACK), or held in a queue"
+)
+
+
+Choice = Callable[[tuple[Address, ...]], Iterable[Address]]
+
+
+def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
+    """Probes the neighbours, or some destinations. Raises BackendError where the node cannot be
+    read."""
+    node, leased, waiting = read_leased(settings, Tools(), _LIMIT_S)
+    warnings, probes, failed = list(waiting), [], False
+    for address in destinations:
+        if all(address.version != one.family.version for one in leased):
+            probes.append(Probe(address, False, why="nothing is leased in its family"))
+    for one in leased:
+        wanted = [address for address in destinations if address.version == one.family.version]
+        if destinations and not wanted:
+            continue
+        try:
+            made = probe(one, node, _these_or_all(wanted), _ANSWER_S)
+        except BackendError as error:
+            warnings.append(f"{one.family.value}: {error}")
+            failed = True
+            continue
+        if not made:
+            warnings.append(
+                f"{one.family.value}: no neighbour: no route of the main table leads into "
+                f"{join(one.networks)} but to {one.subnet}: name an address to be probed"
+            )
+        probes += made
+    return Answer(
+        {"probes": [probe_document(one) for one in probes]},
+        (*probe_lines(probes), *conclusion(probes)),
+        tuple(warnings),
+        EXIT_FAILING if failed else exit_code(probes),
+    )
+
+
+def _these_or_all(wanted: Sequence[Address]) -> Choice:
+    return lambda found: wanted or found
+
+
+def probe(
+    desired: Desired,
+    node: NodeState,
+    choose: Choice,
+    limit_s: float,
+) -> tuple[Probe, ...]:
+    """One datagram to each of those that `choose` takes, given the neighbours that there are.
+
+    Blocks up to the limit, and about 1 ms a datagram. Raises BackendError.
+    """
+    from snatd.kernel.links import read_paths
+    from snatd.kernel.probe import seen_as, send
+
+    routes, used = read_paths(desired.family)
+    used |= {address.ip for link in node.links for address in link.addresses}
+    unused = unused_address(desired.subnet, used, routes)
+    lease = node.lease.of(desired.family) if not isinstance(node.lease, Hold) else None
+    own = lease.gateway.ip if lease else None
+    sent: dict[FlowKey, Probe] = {}
+    made = []
+    for address in choose(neighbours(routes, desired)):
+        one = Probe(address, concerns(address, desired))
+        flow = send(address, unused, own)
+        if isinstance(flow, str):
+            made.append(replace(one, why=flow))
+        else:
+            sent[flow] = replace(one, sent_from=flow.source, why=_NO_ENTRY)
+    found = seen_as(desired.family, sent, limit_s)
+    for flow, one in sent.items():
+        source = found.get(flow)
+        made.append(one if source is None else replace(one, seen_as=source, why=""))
+    return tuple(made)
+
+
+def probe_document(one: Probe) -> dict[str, Any]:
+    """A probe as JSON."""
+    return {
+        "dst": str(one.destination),
+        "sent_from": None if one.sent_from is None else str(one.sent_from),
+        "seen_as": None if one.seen_as is None else str(one.seen_as),
+        "kept": one.kept,
+        "inside": one.inside,
+        "why": one.why or None,
+    }
+
+
+def probe_lines(probes: Sequence[Probe]) -> tuple[str, ...]:
+    """One line a probe."""
+    width = max((len(str(one.destination)) for one in probes), default=0)
+    return tuple(f"{one.destination!s:{width}}  {_said(one)}" for one in probes)
+
+
+def _said(one: Probe) -> str:
+    sent = f"sent from {one.sent_from}, " if one.sent_from else ""
+    if one.kept is None:
+        return f"{sent}no answer: {one.why}"
+    outcome = "kept" if one.kept else "SNATed"
+    outside = "" if one.inside else ", but it is not among the networks where that is promised"
+    return f"{sent}seen as {one.seen_as}: {outcome}{outside}"
