@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused
+from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused, Unanswerable
 from snatd.core.model import Hold
+from snatd.core.packet import PROTOCOLS, Address
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
 from snatd.host import status
@@ -36,9 +38,10 @@ all that leaves this node's container subnet is narrowed to what leaves the clus
 """
 
 _EXITS = """\
-exit status: 0 in sync (status: the daemon says so), 1 drift (status: not in sync; revert, confirm:
-refused), 3 waiting for flannel or the bridge (status: not running), 4 a lock or a tool is busy or
-fails, 77 not permitted, 78 the configuration is wrong
+exit status: 0 in sync (status: the daemon says so; explain: decided), 1 drift (status: not in sync;
+revert, confirm: refused; explain: "may"), 2 wrong usage (explain: also no such device or route),
+3 waiting for flannel or the bridge (status: not running), 4 a lock or a tool is busy or fails,
+77 not permitted, 78 the configuration is wrong
 """
 
 
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status_code = _failed(options, (str(error),), report.EXIT_NOT_PERMITTED)
     except (Refused, AlreadyRunning) as error:
         status_code = _failed(options, (str(error),), 1)
+    except Unanswerable as error:
+        status_code = _failed(options, (str(error),), report.EXIT_USAGE)
     for stream in (sys.stdout, sys.stderr):
         _write(stream, "")
     return status_code
@@ -107,7 +112,44 @@ def _parser() -> argparse.ArgumentParser:
     add("confirm", _confirm, "keep what a waiting `snatd apply --confirm` has done")
     add("status", _status, "show what the running daemon says of itself")
     add("revert", _revert, "put back the rules that were there before snatd's, and remove its own")
+    asking = add(
+        "explain", _explain, "say who would rewrite the source of a new connection's packet"
+    )
+    asking.add_argument("source", type=_address, metavar="SRC", help="address that it comes from")
+    asking.add_argument("destination", type=_address, metavar="DST", help="address, behind DNAT")
+    asking.add_argument(
+        "--out", metavar="IFACE", help="device it leaves by (default: by the route)"
+    )
+    asking.add_argument(
+        "--mark", type=_number(0, 2**32 - 1), default=0, help="its mark (default: 0)"
+    )
+    asking.add_argument("--proto", type=_protocol, help="tcp, udp, ..., or a number")
+    asking.add_argument("--dport", type=_number(0, 65535), help="destination port")
     return parser
+
+
+def _address(text: str) -> Address:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address") from None
+
+
+def _number(lowest: int, highest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            value = -1
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {lowest} to {highest}")
+        return value
+
+    return number
+
+
+def _protocol(text: str) -> int:
+    return PROTOCOLS[text] if text in PROTOCOLS else _number(0, 255)(text)
 
 
 def _seconds(text: str) -> float:
@@ -259,6 +301,31 @@ def _status(options: argparse.Namespace) -> int:
         _print_lines(report.status_lines(document))
     healthy = document["in_sync"] and not document["fighting"]
     return 0 if healthy and not document["configuration_refused"] else 1
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from snatd import explain
+    from snatd.kernel.hooks import read_hooks
+    from snatd.node import require_permission
+
+    require_permission()
+    question = explain.Question(
+        options.source,
+        options.destination,
+        options.out,
+        options.mark,
+        options.proto,
+        dport=options.dport,
+    )
+    try:
+        told = explain.explain(question, lambda family: read_hooks(family, Tools(), _deadline()))
+    except BackendError as error:
+        return _failed(options, (str(error),), report.EXIT_FAILING)
+    if options.json:
+        _print_json(explain.document(told))
+    else:
+        _print_lines(list(explain.lines(told)))
+    return 0 if told.trace.answer else 1
 
 
 def _revert(options: argparse.Namespace) -> int:
