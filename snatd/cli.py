@@ -9,16 +9,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused
+from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused, Unanswerable
 from snatd.core.guard import without_guard
-from snatd.core.model import Backend, Hold
+from snatd.core.model import Address, Backend, Hold
+from snatd.core.packet import PROTOCOLS
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
 from snatd.host import status
@@ -38,9 +39,10 @@ all that leaves this node's container subnet is narrowed to what leaves the clus
 """
 
 _EXITS = """\
-exit status: 0 in sync (status: the daemon says so), 1 drift (status: not in sync; revert, confirm:
-refused), 3 waiting for flannel or the bridge (status: not running), 4 a lock or a tool is busy or
-fails, 77 not permitted, 78 the configuration is wrong
+exit status: 0 in sync (status: the daemon says so; explain: decided), 1 drift (status: not in sync;
+revert, confirm: refused; explain: "may"), 2 wrong usage (explain: also no such device or route),
+3 waiting for flannel or the bridge (status: not running), 4 a lock or a tool is busy or fails,
+77 not permitted, 78 the configuration is wrong
 """
 
 
@@ -70,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status_code = _failed(options, (str(error),), 1)
     except BackendError as error:
         status_code = _failed(options, (str(error),), report.EXIT_FAILING)
+    except Unanswerable as error:
+        status_code = _failed(options, (str(error),), report.EXIT_USAGE)
     for stream in (sys.stdout, sys.stderr):
         _write(stream, "")
     return status_code
@@ -147,21 +151,55 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "destinations",
         nargs="*",
-        type=_address,
+        type=_neighbour,
         metavar="DST",
         help="addresses to send to, instead of the neighbours that the routes tell",
     )
+    asking = add(
+        "explain", _explain, "say who would rewrite the source of a new connection's packet"
+    )
+    asking.add_argument("source", type=_address, metavar="SRC", help="address that it comes from")
+    asking.add_argument("destination", type=_address, metavar="DST", help="address, behind DNAT")
+    asking.add_argument(
+        "--out", metavar="IFACE", help="device it leaves by (default: by the route)"
+    )
+    asking.add_argument(
+        "--mark", type=_number(0, 2**32 - 1), default=0, help="its mark (default: 0)"
+    )
+    asking.add_argument("--proto", type=_protocol, help="tcp, udp, ..., or a number")
+    asking.add_argument("--dport", type=_number(0, 65535), help="destination port")
     return parser
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _address(text: str) -> Address:
     try:
-        address = ipaddress.ip_address(text)
+        return ipaddress.ip_address(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address") from None
+
+
+def _neighbour(text: str) -> Address:
+    address = _address(text)
     if address.is_multicast or address.is_unspecified or address.is_link_local:
         raise argparse.ArgumentTypeError(f"{text} is no container's address")
     return address
+
+
+def _number(lowest: int, highest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            value = -1
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {lowest} to {highest}")
+        return value
+
+    return number
+
+
+def _protocol(text: str) -> int:
+    return PROTOCOLS[text] if text in PROTOCOLS else _number(0, 255)(text)
 
 
 def _seconds(text: str) -> float:
@@ -313,6 +351,31 @@ def _status(options: argparse.Namespace) -> int:
         _print_lines(report.status_lines(document))
     healthy = document["in_sync"] and not document["fighting"]
     return 0 if healthy and not document["configuration_refused"] else 1
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from snatd import explain
+    from snatd.kernel.hooks import read_hooks
+    from snatd.node import require_permission
+
+    require_permission()
+    question = explain.Question(
+        options.source,
+        options.destination,
+        options.out,
+        options.mark,
+        options.proto,
+        dport=options.dport,
+    )
+    try:
+        told = explain.explain(question, lambda family: read_hooks(family, Tools(), _deadline()))
+    except BackendError as error:
+        return _failed(options, (str(error),), report.EXIT_FAILING)
+    if options.json:
+        _print_json(explain.document(told))
+    else:
+        _print_lines(list(explain.lines(told)))
+    return 0 if told.trace.answer else 1
 
 
 def _revert(options: argparse.Namespace) -> int:

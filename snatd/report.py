@@ -13,7 +13,7 @@ from snatd.core.plan import Transaction
 from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
 
-EXIT_OK, EXIT_DRIFT, EXIT_WAITING, EXIT_FAILING = 0, 1, 3, 4
+EXIT_OK, EXIT_DRIFT, EXIT_USAGE, EXIT_WAITING, EXIT_FAILING = 0, 1, 2, 3, 4
 EXIT_NOT_PERMITTED, EXIT_CONFIG = 77, 78
 
 

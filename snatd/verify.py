@@ -9,8 +9,8 @@ from typing import Any
 from snatd.config import Config
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
-from snatd.core.flows import Address, FlowKey, concerns
-from snatd.core.model import Hold, NodeState, join
+from snatd.core.flows import FlowKey, concerns
+from snatd.core.model import Address, Hold, NodeState, join
 from snatd.core.proof import Probe, conclusion, exit_code, neighbours, unused_address
 from snatd.flows import read_leased
 from snatd.kernel.tools import Tools

@@ -23,6 +23,10 @@ class Refused(SnatdError):
     """Not done, since another snatd would undo it: exit 1."""
 
 
+class Unanswerable(SnatdError):
+    """What was asked makes no sense on this node: no such device, no route. Exit 2."""
+
+
 class BackendError(SnatdError):
     """One backend of one family could not be read or written; the others go on."""
 

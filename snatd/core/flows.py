@@ -10,12 +10,10 @@ import ipaddress
 import re
 from array import array
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 
 from snatd.core.desired import Desired
 from snatd.core.errors import FlowError
-
-Address = IPv4Address | IPv6Address
+from snatd.core.model import Address
 
 # libnetfilter_conntrack's default output (1.0.9): protocol, number, seconds left (none for an entry
 # that hardware keeps alive), state, the original tuple, the reply tuple, and then what there is.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from snatd.core.desired import Desired
-from snatd.core.flows import Address, concerns
-from snatd.core.model import Network
+from snatd.core.flows import concerns
+from snatd.core.model import Address, Network
 from snatd.core.networks import contains
 
 NEIGHBOURS = 16

@@ -227,9 +227,34 @@ def parse_listing(output: str, chain: str) -> tuple[Rule, ...]:
     return tuple(_listed_rule(line, chain) for line in lines[1:])
 
 
+def parse_table(output: str) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str]]:
+    """The chains that `iptables -t nat -S` printed, or `-S CHAIN`, and the policies of base chains.
+
+    Raises RuleError where the output is not whole.
+    """
+    if not output.endswith("\n"):
+        raise RuleError("the listing of the table is empty or ends in the middle of a line")
+    chains: dict[str, list[Rule]] = {}
+    policies: dict[str, str] = {}
+    for line in _logical_lines(output):
+        option, name, rest = (*line.split(" ", 2), "", "")[:3]
+        if option == "-A" and name in chains:
+            chains[name].append(Rule(rest))
+        elif option in ("-N", "-P") and name:
+            chains[name] = []
+            if option == "-P":
+                policies[name] = rest
+        else:
+            raise RuleError(f"not a line of a listing: {line[:80]!r}")
+    return {name: tuple(rules) for name, rules in chains.items()}, policies
+
+
 def _logical_lines(output: str) -> Iterator[str]:
     pending = ""
     for line in output.split("\n")[:-1]:
+        if not pending and '"' not in line:
+            yield line
+            continue
         pending = f"{pending}\n{line}" if pending else line
         if len(pending) > _LONGEST_LINE:
             break

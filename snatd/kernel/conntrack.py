@@ -25,8 +25,8 @@ from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
-from snatd.core.flows import Address, Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
-from snatd.core.model import Family
+from snatd.core.flows import Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
+from snatd.core.model import Address, Family
 from snatd.kernel.tools import Tools, check_exit
 
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}

@@ -1,4 +1,4 @@
-"""What the node's network looks like: devices, addresses, direct routes. By pyroute2, read only.
+"""What the node's network looks like: devices, addresses, routes. By pyroute2, read only.
 
 A socket is opened for each look and closed after it: in pyroute2 0.9 a lasting, subscribed one
 raises ENOBUFS for ever after one overflow, so the ears are raw sockets (`events`) and this, the
@@ -11,21 +11,27 @@ import ipaddress
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from snatd.core.errors import BackendBusy, BackendFailed
-from snatd.core.flows import Address
-from snatd.core.model import DirectRoute, Family, Interface, Link
+from snatd.core.masquerade import DeviceAddress
+from snatd.core.model import Address, DirectRoute, Family, Interface, Link, Network
 from snatd.core.proof import Route
 
-_MAIN_TABLE = 254
-_UNICAST = 1
+_MAIN_TABLE, _LOCAL_TABLE = 254, 255
+_UNICAST, _LOCAL, _BROADCAST = 1, 2, 3
 # NUD_INCOMPLETE, NUD_FAILED: somebody was looked for there and did not answer. The answer to an
 # earlier probe leaves such an entry for the address that it was sent from.
 _NOBODY = (0x01, 0x20)
+# IFA_F_SECONDARY (in IPv6 the same bit is IFA_F_TEMPORARY), OPTIMISTIC, DEPRECATED; and those with
+# which an IPv6 address is no source: DADFAILED, TENTATIVE without OPTIMISTIC.
+_SECOND_CHOICE = 0x01 | 0x04 | 0x20
+_OPTIMISTIC, _DAD_FAILED, _TENTATIVE = 0x04, 0x08, 0x40
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _NO_IPV6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 
@@ -93,6 +99,82 @@ def _routes(netlink: IPRoute, family: int, names: dict[int, str]) -> Iterator[Ro
         # A route over several hops has neither here, and is a hop of its own.
         network = ipaddress.ip_network(f"{destination}/{message['dst_len']}")
         yield Route(network, hop or str(network))
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where a packet goes. `next_hop`: the destination itself where there is no gateway of its
+    family; `local`: it is this node's own."""
+
+    device: str
+    next_hop: Address
+    local: bool
+
+
+def find_route(
+    destination: Address,
+    source: Address | None = None,
+    *,
+    out: str = "",
+    came_in: str = "",
+    mark: int = 0,
+) -> Way | None:
+    """The kernel's answer to RTM_GETROUTE; None where it has no route. `source` must be the node's
+    own, or be given with the device by which it comes in."""
+    asked: dict[str, Any] = {"dst": str(destination)}
+    try:
+        if source is not None:
+            asked["src"] = str(source)
+        for option, name in (("oif", out), ("iif", came_in)):
+            if name:
+                asked[option] = socket.if_nametoindex(name)
+        if mark:
+            asked["mark"] = mark
+        with _netlink() as netlink:
+            domain = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+            try:
+                (message, *_) = netlink.route("get", family=domain, **asked)
+            except NetlinkError:
+                return None
+            device = socket.if_indextoname(message.get_attr("RTA_OIF"))
+    except OSError:
+        return None  # a device that is gone
+    if message["type"] not in (_UNICAST, _LOCAL):
+        return None
+    gateway = message.get_attr("RTA_GATEWAY")
+    next_hop = ipaddress.ip_address(gateway) if gateway else destination
+    return Way(device, next_hop, message["type"] == _LOCAL)
+
+
+def read_sources(
+    family: Family,
+) -> tuple[tuple[DeviceAddress, ...], tuple[Network, ...], tuple[Network, ...]]:
+    """What MASQUERADE chooses from, in the kernel's order; and the local table: what is local,
+    what is broadcast. Raises as read_links does."""
+    carried: list[DeviceAddress] = []
+    types: dict[int, list[Network]] = {_LOCAL: [], _BROADCAST: []}
+    with _netlink() as netlink:
+        names = dict(socket.if_nameindex())
+        for message in netlink.get_addr(family=_DOMAINS[family]):
+            peer = message.get_attr("IFA_ADDRESS")
+            address = message.get_attr("IFA_LOCAL") or peer
+            flags = message.get_attr("IFA_FLAGS") or message["flags"]
+            unusable = flags & _DAD_FAILED or flags & (_TENTATIVE | _OPTIMISTIC) == _TENTATIVE
+            if address is not None and not (family is Family.V6 and unusable):
+                carried.append(
+                    DeviceAddress(
+                        names.get(message["index"], ""),
+                        ipaddress.ip_address(address),
+                        ipaddress.ip_interface(f"{peer or address}/{message['prefixlen']}"),
+                        message["scope"] == 0,
+                        bool(flags & _SECOND_CHOICE),
+                    )
+                )
+        for message in netlink.get_routes(family=_DOMAINS[family], table=_LOCAL_TABLE):
+            if message["type"] in types and (prefix := message.get_attr("RTA_DST")):
+                network = ipaddress.ip_network(f"{prefix}/{message['dst_len']}")
+                types[message["type"]].append(network)
+    return tuple(carried), tuple(types[_LOCAL]), tuple(types[_BROADCAST])
 
 
 def _direct_routes(netlink: IPRoute, family: int, names: dict[int, str]) -> Iterator[DirectRoute]:

@@ -10,7 +10,7 @@ from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendFailed, RuleError, StaleRuleset
 from snatd.core.model import POSTROUTING, Backend, Family, Rule, Ruleset
 from snatd.core.plan import Transaction
-from snatd.core.rules import own_chains, own_jumps, parse_listing
+from snatd.core.rules import own_chains, own_jumps, parse_listing, parse_table
 from snatd.kernel.tools import Tools
 
 Parsed = TypeVar("Parsed")
@@ -33,7 +33,7 @@ def read_ruleset(
     postrouting = _list(family, backend, tools, deadline, POSTROUTING)
     names = dict.fromkeys(own_jumps(postrouting))
     if thorough:
-        whole = _trusted(_argv(family, backend), tools, deadline, own_chains)
+        whole = _trusted(_argv(family, backend, "-v"), tools, deadline, own_chains)
         names |= dict.fromkeys(whole)
     own = tuple((name, _list(family, backend, tools, deadline, name)) for name in names)
     return Ruleset(family, backend, postrouting, own)
@@ -60,15 +60,23 @@ def is_as_read(transaction: Transaction, tools: Tools, deadline: Deadline) -> Ru
     return actual
 
 
-def _argv(family: Family, backend: Backend, *chain: str) -> list[str]:
+def list_chains(
+    family: Family, backend: Backend, tools: Tools, deadline: Deadline, *chain: str
+) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str]]:
+    """One chain, or all of the table, without counters; and the policies of base chains."""
+    argv = [*_argv(family, backend), *chain]
+    return _trusted(argv, tools, deadline, parse_table)
+
+
+def _argv(family: Family, backend: Backend, *verbose: str) -> list[str]:
     wait = ("-w", "1") if backend is Backend.LEGACY else ()
-    return [f"{family.command}-{backend.value}", *wait, "-t", "nat", "-v", "-S", *chain]
+    return [f"{family.command}-{backend.value}", *wait, "-t", "nat", *verbose, "-S"]
 
 
 def _list(
     family: Family, backend: Backend, tools: Tools, deadline: Deadline, chain: str
 ) -> tuple[Rule, ...]:
-    argv = _argv(family, backend, chain)
+    argv = [*_argv(family, backend, "-v"), chain]
     return _trusted(argv, tools, deadline, lambda output: parse_listing(output, chain))
 
 

@@ -7,8 +7,8 @@ import socket
 import time
 from collections.abc import Collection
 
-from snatd.core.flows import Address, FlowKey
-from snatd.core.model import Family
+from snatd.core.flows import FlowKey
+from snatd.core.model import Address, Family
 from snatd.kernel.conntrack import Entries
 
 _DISCARD = 9

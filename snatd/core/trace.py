@@ -1,0 +1,387 @@
+"""Who would SNAT this packet? Walks the nat postrouting chains as the kernel does.
+
+The first binding wins, one to the own address too; accept and return end only their base chain.
+Where a test cannot be decided both ways are followed, as sets of marks and not as a tree, so a
+chain of n rules costs n. Decides nothing about what should be; reads nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, permutations
+
+from snatd.core.desired import Desired
+from snatd.core.model import Address, join
+from snatd.core.networks import subtract
+from snatd.core.packet import (
+    ALL_BITS,
+    LOSE_MARK,
+    Action,
+    Hook,
+    Jump,
+    Keep,
+    Mark,
+    Packet,
+    Ranges,
+    Rewrite,
+    SetMark,
+    Snat,
+    Step,
+    Test,
+    Unknown,
+    Verdict,
+    addresses,
+    holds,
+    rewritten,
+)
+
+# More different marks than this at one place become one mark with unknown bits.
+_MOST_MARKS = 16
+# Reasons on one way, base chains of one priority whose every order is tried, lines of a way.
+_MOST_REASONS, _MOST_ORDERED, _MOST_LINES = 4, 4, 1000
+# nft refuses more than 16 jumps into each other; legacy chains may lie deeper.
+_DEEPEST = 64
+
+Why = tuple[str, ...]
+GUARD_TABLE, GUARD_PRIORITY = "snatd", -199
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rule and where it stands."""
+
+    table: str
+    chain: str
+    step: Step
+
+    def __str__(self) -> str:
+        return f"{self.table} {self.chain} rule {self.step.number}: {self.step.text}"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A rule on the way; `undecided`: the match because of which only perhaps."""
+
+    place: Place
+    undecided: str = ""
+    inner: tuple[Taken, ...] = ()
+
+
+class End(enum.Enum):
+    BACK = "back"
+    ACCEPT = "accept"
+    DROP = "drop"
+    BOUND = "bound"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a chain was left. `rewrite` and `place`: of a binding."""
+
+    end: End
+    mark: Mark
+    place: Place | None = None
+    rewrite: Rewrite | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What may become of the packet. `sources`: all that it may be, None for any; one is certain.
+    `place`: the rule that binds, None where none does. `why`: the matches that it depends on."""
+
+    sources: tuple[Address, ...] | None
+    kept: bool | None
+    dropped: bool = False
+    place: Place | None = None
+    why: Why = ()
+
+    @property
+    def same(self) -> object:
+        return (self.sources, self.kept, self.dropped)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that may become of a packet, and its way through each hook in order."""
+
+    answers: tuple[Answer, ...]
+    ways: tuple[tuple[Hook, tuple[Taken, ...]], ...] = ()
+
+    @property
+    def answer(self) -> Answer | None:
+        """What certainly becomes of it; None for "may"."""
+        first = self.answers[0]
+        certain = all(one.same == first.same for one in self.answers)
+        exact = first.dropped or (first.sources is not None and len(first.sources) == 1)
+        return first if certain and (exact or first.kept) else None
+
+    @property
+    def undecided(self) -> Why:
+        return tuple(dict.fromkeys(why for one in self.answers for why in one.why))
+
+
+def trace(
+    hooks: Sequence[Hook], packet: Packet, masquerade: tuple[Address, ...] | None = None
+) -> Trace:
+    """What becomes of a packet's source. `masquerade`: what MASQUERADE may choose, () if nothing
+    (the kernel then drops), None if that is not known."""
+    walks = {id(hook): _Walk(hook, packet) for hook in hooks}
+    live: dict[Mark, Why] = {packet.mark: ()}
+    ended: dict[_Outcome, Why] = {}
+    ways: list[tuple[Hook, tuple[Taken, ...]]] = []
+    for _, same in groupby(sorted(hooks, key=_priority), key=_priority):
+        if not live:
+            break
+        group = list(same)
+        live, done, seen = _through_any_order(group, walks, live, packet, masquerade)
+        ways += seen
+        for outcome, why in done.items():
+            ended.setdefault(outcome, why)
+    for mark, why in live.items():
+        ended.setdefault(_Outcome(End.ACCEPT, mark), why)
+    answers = dict.fromkeys(_answer(one, why, packet, masquerade) for one, why in ended.items())
+    return Trace(tuple(answers), tuple(ways))
+
+
+def _priority(hook: Hook) -> int:
+    return hook.priority
+
+
+_Ended = dict[_Outcome, Why]
+_Ways = list[tuple[Hook, tuple[Taken, ...]]]
+
+
+def _through_any_order(
+    group: list[Hook],
+    walks: dict[int, _Walk],
+    live: dict[Mark, Why],
+    packet: Packet,
+    masquerade: tuple[Address, ...] | None,
+) -> tuple[dict[Mark, Why], _Ended, _Ways]:
+    """Of equal priorities the kernel asks the one first that was registered last, and that cannot
+    be seen. So every order is tried, of those that do anything."""
+    idle = [one for one in group if all(walks[id(one)].is_idle(mark) for mark in live)]
+    busy = [one for one in group if one not in idle]
+    if idle and len(busy) < 2:
+        busy, idle = group, []
+    tried = busy if len(busy) <= _MOST_ORDERED else busy[:_MOST_ORDERED]
+    orders = [_through(order, walks, live) for order in permutations(tried)]
+    marks, ended, ways = orders[0]
+    results = {
+        (frozenset(left), frozenset(_answer(one, (), packet, masquerade).same for one in done))
+        for left, done, _ in orders
+    }
+    if len(results) > 1 or tried is not busy:
+        order = (
+            f"which of the chains at priority {busy[0].priority} is asked first: "
+            f"{join([f'{one.table} {one.chain}' for one in busy], 8)}",
+        )
+        ways = [way for hook in tried for way in ways if way[0] is hook] or ways
+        marks = {mark: _and(why, order) for left, _, _ in orders for mark, why in left.items()}
+        ended = {one: _and(why, order) for _, done, _ in orders for one, why in done.items()}
+        if tried is not busy:
+            ended[_Outcome(End.BOUND, packet.mark, None, Snat(None))] = order
+            marks[Mark(0, 0)] = order
+    return marks, ended, [*ways, *((hook, ()) for hook in idle)]
+
+
+def _through(
+    order: Sequence[Hook], walks: dict[int, _Walk], live: dict[Mark, Why]
+) -> tuple[dict[Mark, Why], _Ended, _Ways]:
+    ended: _Ended = {}
+    ways: _Ways = []
+    for hook in order:
+        after: dict[Mark, Why] = {}
+        taken: list[Taken] = []
+        for mark, why in live.items():
+            effect = walks[id(hook)].effect(hook.chain, mark)
+            taken += [one for one in effect.taken if one not in taken[:_MOST_LINES]]
+            for outcome, more in effect.outcomes.items():
+                if outcome.end is End.ACCEPT or (outcome.end is End.BACK and not hook.drops):
+                    after.setdefault(outcome.mark, _and(why, more))
+                elif outcome.end is End.BACK:
+                    ended.setdefault(_Outcome(End.DROP, outcome.mark), _and(why, more))
+                else:
+                    ended.setdefault(outcome, _and(why, more))
+        ways.append((hook, tuple(taken)))
+        live = after if len(after) <= _MOST_MARKS else _widened(after)
+    return live, ended, ways
+
+
+def _answer(
+    outcome: _Outcome, why: Why, packet: Packet, masquerade: tuple[Address, ...] | None
+) -> Answer:
+    source = packet.exact_source
+    own = (source,) if source else None
+    if outcome.end is End.DROP:
+        return Answer((), None, True, outcome.place, why)
+    if outcome.rewrite is None or isinstance(outcome.rewrite, Keep):
+        return Answer(own, True, False, outcome.place, why)
+    sources = rewritten(outcome.rewrite, packet, masquerade)
+    if sources == ():
+        return Answer((), None, True, outcome.place, why)
+    kept = None if sources is None or (source in sources and len(sources) > 1) else sources == own
+    return Answer(sources, kept, False, outcome.place, why)
+
+
+@dataclass(frozen=True)
+class _Effect:
+    outcomes: dict[_Outcome, Why]
+    taken: tuple[Taken, ...] = ()
+
+
+@dataclass
+class _Walk:
+    """One packet through the chains of one hook. Each chain is walked once for each mark."""
+
+    hook: Hook
+    packet: Packet
+    known: dict[tuple[str, Mark], _Effect] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+
+    def is_idle(self, mark: Mark) -> bool:
+        """Whether nothing comes of it: no binding, no drop, no other mark."""
+        quiet = {End.ACCEPT} if self.hook.drops else {End.ACCEPT, End.BACK}
+        outcomes = self.effect(self.hook.chain, mark).outcomes
+        return all(one.end in quiet and one.mark == mark for one in outcomes)
+
+    def effect(self, chain: str, mark: Mark) -> _Effect:
+        key = (chain, mark)
+        if key not in self.known:
+            if chain not in self.hook.chains or len(self.open) > _DEEPEST:
+                unread = f"chain {chain}, which could not be read"
+                return _Effect(_anything(Place(self.hook.table, chain, Step(0, unread, ())), mark))
+            self.open.append(chain)
+            self.known[key] = self._walked(chain, mark)
+            self.open.pop()
+        return self.known[key]
+
+    def _walked(self, chain: str, mark: Mark) -> _Effect:
+        live: dict[Mark, Why] = {mark: ()}
+        outcomes: dict[_Outcome, Why] = {}
+        taken: list[Taken] = []
+        for step in self.hook.chains[chain]:
+            live = self._step(Place(self.hook.table, chain, step), live, outcomes, taken)
+            if not live:
+                break
+        for one, why in live.items():
+            outcomes.setdefault(_Outcome(End.BACK, one), why)
+        return _Effect(outcomes, tuple(taken))
+
+    def _step(
+        self,
+        place: Place,
+        live: dict[Mark, Why],
+        outcomes: dict[_Outcome, Why],
+        taken: list[Taken],
+    ) -> dict[Mark, Why]:
+        """The marks with which the next rule is reached; other ends are added to `outcomes`."""
+        after: dict[Mark, Why] = {}
+        undecided, acted = "", False
+        inner: tuple[Taken, ...] = ()
+        for part in place.step.parts:
+            reached: dict[Mark, Why] = {}
+            for mark, why in live.items():
+                if isinstance(part, Test):
+                    result = holds(part, self.packet, mark)
+                    if result is not True:
+                        after.setdefault(mark, why)
+                    if result is None:
+                        undecided = undecided or part.text
+                    if result is not False:
+                        reached.setdefault(mark, why if result else _and(why, (part.text,)))
+                    continue
+                acted = True
+                if isinstance(part, Jump):
+                    inner = self.effect(part.chain, mark).taken
+                for outcome, more in self._act(part, place, mark).items():
+                    if outcome.end is End.BACK and not _returns(part):
+                        reached.setdefault(outcome.mark, _and(why, more))
+                    else:
+                        outcomes.setdefault(outcome, _and(why, more))
+            live = reached
+            if not live:
+                break
+        if acted:
+            taken.append(Taken(place, undecided, inner))
+        for mark, why in live.items():
+            after.setdefault(mark, why)
+        return after if len(after) <= _MOST_MARKS else _widened(after)
+
+    def _act(self, action: Action, place: Place, mark: Mark) -> dict[_Outcome, Why]:
+        match action:
+            case Jump(chain):
+                return self.effect(chain, mark).outcomes
+            case Verdict.ACCEPT:
+                return {_Outcome(End.ACCEPT, mark): ()}
+            case Verdict.DROP:
+                return {_Outcome(End.DROP, mark, place): ()}
+            case Verdict.RETURN:
+                return {_Outcome(End.BACK, mark): ()}
+            case SetMark():
+                return {_Outcome(End.BACK, action.of(mark)): ()}
+            case Unknown():
+                return _anything(place, mark)
+            case rewrite:
+                return {_Outcome(End.BOUND, mark, place, rewrite): ()}
+
+
+def _returns(action: Action) -> bool:
+    return action is Verdict.RETURN or (isinstance(action, Jump) and action.goto)
+
+
+def _anything(place: Place, mark: Mark) -> dict[_Outcome, Why]:
+    why = (place.step.text,)
+    lost = LOSE_MARK.of(mark)
+    return {
+        _Outcome(End.BACK, lost): why,
+        _Outcome(End.ACCEPT, lost): why,
+        _Outcome(End.DROP, lost, place): why,
+        _Outcome(End.BOUND, lost, place, Snat(None)): why,
+    }
+
+
+def _and(why: Why, more: Why) -> Why:
+    return tuple(dict.fromkeys((*why, *more)))[:_MOST_REASONS] if more else why
+
+
+def _widened(live: dict[Mark, Why]) -> dict[Mark, Why]:
+    """One mark for many: the bits in which they differ are unknown."""
+    first = next(iter(live))
+    known = ALL_BITS
+    for mark in live:
+        known &= mark.known & ~(mark.value ^ first.value)
+    whys = [why for why in live.values() if why]
+    return {Mark(first.value & known, known): whys[0] if whys else ()}
+
+
+def cluster_packets(
+    wanted: Desired, marks: int, types: tuple[tuple[str, Ranges], ...] = ()
+) -> Packet:
+    """The class that promise 1 is about: from our subnet into the networks and not into itself,
+    without the marks that ask for masquerade. All else is unknown."""
+    return Packet(
+        family=wanted.family,
+        source=addresses((wanted.subnet,)),
+        destination=addresses(subtract(wanted.networks, wanted.subnet)),
+        not_out=(wanted.bridge,) if isinstance(wanted.bridge, str) else (),
+        mark=Mark(0, marks),
+        types=types,
+    )
+
+
+def rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
+    """What can rewrite the source of a class of packets, each rule with what it depends on; empty
+    where no rule can."""
+    return tuple(one for one in trace(hooks, packet).answers if not (one.kept or one.dropped))
+
+
+def before_guard(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    """Other programs' nat chains that are asked before the guard, or may be."""
+    return tuple(
+        one
+        for one in hooks
+        if one.priority <= GUARD_PRIORITY and one.table.partition(" ")[2] != GUARD_TABLE
+    )

@@ -1,0 +1,52 @@
+"""Who wrote a rule, as far as its shape tells. Nobody signs; names of tables and chains do."""
+
+from __future__ import annotations
+
+import re
+
+_TABLES = {
+    "snatd": "snatd",
+    "docker-bridges": "Docker",
+    "cni_plugins_masquerade": "CNI bridge",
+    "cni_hostport": "CNI bridge",
+    "netavark": "netavark",
+    "firewalld": "firewalld",
+    "io.systemd.nat": "systemd-networkd",
+    "kube-proxy": "kube-proxy",
+}
+_CHAINS = (
+    ("SNATD-", "snatd"),
+    ("KUBE-", "kube-proxy"),
+    ("CNI-", "CNI bridge"),
+    ("NETAVARK-", "netavark"),
+    ("FLANNEL-POSTRTG", "flannel"),
+    ("IP-MASQ-AGENT", "ip-masq-agent"),
+    ("DOCKER", "Docker"),
+    ("LIBVIRT_", "libvirt"),
+    ("POST_", "firewalld"),
+    ("POSTROUTING_", "firewalld"),
+)
+_BRIDGE = r"(?:docker0|docker_gwbridge|br-[0-9a-f]{12})"
+_RULES = (
+    (re.compile(r"--comment snatd( |$)"), "snatd"),
+    (re.compile(r'--comment "flanneld masq"'), "flannel"),
+    (re.compile(r'--comment "name: \\"'), "CNI bridge"),
+    (re.compile(rf"-s \S+ ! -o {_BRIDGE} -j (MASQUERADE|SNAT)( |$)"), "Docker"),
+    (re.compile(rf"-o {_BRIDGE} -m addrtype --src-type LOCAL -j MASQUERADE$"), "Docker"),
+    (re.compile(r"-s (\S+) -d \1 -p \w+ -m \w+ --dport \d+ -j MASQUERADE$"), "Docker"),
+    (re.compile(r"-s (\S+) ! -d \1 -j MASQUERADE$"), "Docker"),
+)
+UNKNOWN = "unknown"
+
+
+def writer(table: str, chain: str, text: str) -> str:
+    """`table` as in `ip nat`; `text` as printed by the rule's own tool."""
+    name = table.rpartition(" ")[2]
+    if name in _TABLES:
+        return _TABLES[name]
+    of_jump = re.search(r"(?:-[jg]|\bjump|\bgoto) (\S+)", text)
+    for candidate in (chain, of_jump.group(1) if of_jump else ""):
+        for beginning, who in _CHAINS:
+            if candidate.startswith(beginning):
+                return who
+    return next((who for shape, who in _RULES if shape.search(text)), UNKNOWN)
