@@ -231,16 +231,19 @@ def _deadline(limit_s: float = _PASS_S) -> Deadline:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from snatd import suspects
     from snatd.node import open_edges, require_permission
     from snatd.reconcile import look
 
     settings = config.load(options.config)
     require_permission()
-    view = look(open_edges(settings, Tools()), settings.policy, _deadline())
+    tools = Tools()
+    view = look(open_edges(settings, tools), settings.policy, _deadline())
+    found = suspects.find_suspects(view.leased, settings.marks, tools, _deadline())
     if options.json:
-        _print_json(report.document(view))
+        _print_json(report.document(view) | {"suspects": suspects.document(found)})
     else:
-        _print_lines(report.lines(view, view.plan))
+        _print_lines((*report.lines(view, view.plan), *suspects.lines(found)))
     return report.exit_code(view)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ class Config:
             GuardPolicy(self.guard),
             self.masquerade_marks,
         )
+
+    @property
+    def marks(self) -> int:
+        """The bits of `masquerade_marks` together."""
+        return reduce(or_, self.masquerade_marks, 0)
 
 
 _CHOICES = {

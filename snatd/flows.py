@@ -42,7 +42,7 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
 
     tools = Tools()
     _, leased, waiting = read_leased(settings, tools, _LIMIT_S)
-    policy, marks = delete or "report", sum(settings.masquerade_marks)
+    policy, marks = delete or "report", settings.marks
     tallies, warnings = [], list(waiting)
     exit_code = EXIT_OK if leased else EXIT_WAITING
     for one in leased:

@@ -100,10 +100,15 @@ class View:
     unguarded: tuple[Problem, ...] = ()
 
     @property
+    def leased(self) -> tuple[Desired, ...]:
+        """What holds in each family of which it is known."""
+        return tuple(one for one in self.wanted.values() if isinstance(one, Desired))
+
+    @property
     def holds(self) -> tuple[str, ...]:
         """Why some of it cannot be told yet; each reason once."""
         reasons = [one.reason for one in self.wanted.values() if isinstance(one, Hold)]
-        bridges = [one.bridge for one in self.wanted.values() if isinstance(one, Desired)]
+        bridges = [one.bridge for one in self.leased]
         reasons += [bridge.reason for bridge in bridges if isinstance(bridge, Hold)]
         return tuple(dict.fromkeys(reasons))
 

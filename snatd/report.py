@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy
 from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count, join
 from snatd.core.plan import Transaction
@@ -65,14 +64,10 @@ def _headline(view: View) -> str:
         )
     if view.holds:
         return f"waiting: {view.holds[0]}"
-    parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in _leased(view)]
+    parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in view.leased]
     without = ", without a guard" if view.unguarded else ""
     nothing = "nothing is leased in a family that this kernel has"
     return f"in sync: {'; '.join(parts) + without if parts else nothing}"
-
-
-def _leased(view: View) -> Iterable[Desired]:
-    return (one for one in view.wanted.values() if isinstance(one, Desired))
 
 
 def diff(transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:
@@ -87,7 +82,7 @@ def diff(transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]
 
 
 def cut_out_lines(view: View) -> tuple[str, ...]:
-    return tuple(f"{cut.network} ({cut.why})" for one in _leased(view) for cut in one.cut_outs)
+    return tuple(f"{cut.network} ({cut.why})" for one in view.leased for cut in one.cut_outs)
 
 
 def document(view: View) -> dict[str, Any]:
@@ -107,10 +102,10 @@ def document(view: View) -> dict[str, Any]:
                 "cut_outs": [{"network": str(cut.network), "why": cut.why} for cut in one.cut_outs],
                 "bridge": None if isinstance(one.bridge, Hold) else one.bridge,
             }
-            for one in _leased(view)
+            for one in view.leased
         ],
         "rulesets": [_ruleset(one) for one in view.rulesets if one.backend is not Backend.GUARD],
-        "guard": [_guard(one.family, view) for one in _leased(view)],
+        "guard": [_guard(one.family, view) for one in view.leased],
         "waiting_for": list(view.holds),
         "problems": [
             {

@@ -1,0 +1,96 @@
+"""Which rules of this node could SNAT cluster traffic: for `check`, and for what the daemon tells.
+
+Reads; decides nothing. The decision is `core.trace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired
+from snatd.core.errors import BackendError
+from snatd.core.model import join
+from snatd.core.packet import Hook, address_types
+from snatd.core.trace import Answer, before_guard, cluster_packets, rewriters
+from snatd.core.writers import UNKNOWN, writer
+from snatd.kernel.hooks import read_hooks
+from snatd.kernel.tools import Tools
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """`rules`: each that could, with what it depends on. `earlier`: nat chains of other programs
+    that are asked before the guard. `unknown`: what could not be looked at, and why."""
+
+    desired: Desired
+    rules: tuple[Answer, ...] = ()
+    earlier: tuple[Hook, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def none(self) -> bool:
+        """Whether no rule on this node can, for certain."""
+        return not (self.rules or self.unknown)
+
+
+def find_suspects(
+    leased: Iterable[Desired], marks: int, tools: Tools, deadline: Deadline
+) -> tuple[Suspects, ...]:
+    """For each family. About 10 ms for one with few chains; whole tables where there are many."""
+    return tuple(_of_family(one, marks, tools, deadline) for one in leased)
+
+
+def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -> Suspects:
+    # Imported here: pyroute2 costs 0.3 s, and whoever reads this module's answers does not need it.
+    from snatd.kernel.links import read_sources
+
+    try:
+        read = read_hooks(desired.family, tools, deadline)
+        _, local, broadcast = read_sources(desired.family)
+    except BackendError as error:
+        return Suspects(desired, unknown=(str(error),))
+    packets = cluster_packets(desired, marks, address_types(desired.family, local, broadcast))
+    return Suspects(desired, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread)
+
+
+def lines(found: Iterable[Suspects]) -> Iterator[str]:
+    """For a person, in the order of importance."""
+    for one in found:
+        subnet = one.desired.subnet
+        for answer in one.rules:
+            where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
+            yield f"can SNAT cluster traffic from {subnet}: {_rule(answer)}{where}"
+        for hook in one.earlier:
+            yield f"asked before the guard: nat chain {hook}"
+        for unknown in one.unknown:
+            yield f"not known whether a rule can SNAT cluster traffic from {subnet}: {unknown}"
+        if one.none:
+            yield f"no rule on this node can SNAT cluster traffic from {subnet}"
+
+
+def _rule(answer: Answer) -> str:
+    if answer.place is None:
+        return "a rule that could not be read"
+    place = answer.place
+    who = writer(place.table, place.chain, place.step.text)
+    return f"{place}" if who == UNKNOWN else f"{place} (written by {who})"
+
+
+def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:
+    """The same as JSON."""
+    return [
+        {
+            "family": one.desired.family.value,
+            "none": one.none,
+            "rules": [
+                {"rule": str(answer.place) if answer.place else None, "depends_on": [*answer.why]}
+                for answer in one.rules
+            ],
+            "before_guard": [str(hook) for hook in one.earlier],
+            "unknown": list(one.unknown),
+        }
+        for one in found
+    ]
