@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from snatd.core.errors import BackendBusy, ConfigError
 from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
 from snatd.core.schedule import Schedule
+from snatd.evidence import Evidence
 from snatd.facts import Facts, now
 from snatd.host import journal, status
 from snatd.host.instance import Instance
@@ -66,6 +68,7 @@ class Daemon:
         self._triggers: Counter[str] = Counter({"start": 1})
         self._writers: dict[Writer, None] = {}
         self._told: dict[str, Any] = {}
+        self._evidence = self._gather()
         self._facts = Facts()
 
     def run(self) -> int:
@@ -80,6 +83,7 @@ class Daemon:
         while not self._stopping:
             self._turn()
         self._notifier.stopping()
+        self._evidence.close()
         if self._watch is not None:
             self._watch.stop()
         with suppress(OSError):
@@ -90,12 +94,18 @@ class Daemon:
     def _open(self) -> None:
         # The ears come before the first look, so that nothing falls between.
         for ear in (NftEar(self._tools.own_pids), LinkEar()):
-            self._ears.append(ear)
-            self._selector.register(ear, selectors.EVENT_READ)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+            self._hear(ear)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
+
+    def _hear(self, ear: NftEar | LinkEar) -> None:
+        self._ears.append(ear)
+        self._selector.register(ear, selectors.EVENT_READ, partial(self._listen, ear))
+
+    def _gather(self) -> Evidence:
+        return Evidence(self._settings, self._tools, self._selector, self._say)
 
     def _open_watch(self) -> None:
         # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
@@ -125,17 +135,17 @@ class Daemon:
             waits.append(self._poll.due_s)
         if self._notifier.watchdog_s is not None:
             waits.append(now_s + self._notifier.watchdog_s / 4)
-        for key, _ in self._selector.select(max(0.0, min(waits) - now_s)):
-            if key.fileobj == self._wake_reader:
-                self._woken()
-            else:
-                self._listen(key.fileobj)
+        if (evidence_s := self._evidence.waits_until_s()) is not None:
+            waits.append(evidence_s)
+        news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
         if self._poll.due_s is not None and now_s >= self._poll.due_s:
             for event in self._poll.events(now_s):
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
             self._pass(_PASS_S)
+        elif self._evidence.turn(now_s) or any(news):
+            self._publish()
         self._notifier.alive(time.monotonic())
 
     def _listen(self, ear: Any) -> None:
@@ -149,9 +159,7 @@ class Daemon:
                 self._selector.unregister(ear)
             ear.close()
             self._ears.remove(ear)
-            new = NftEar(self._tools.own_pids) if isinstance(ear, NftEar) else LinkEar()
-            self._ears.append(new)
-            self._selector.register(new, selectors.EVENT_READ)
+            self._hear(NftEar(self._tools.own_pids) if isinstance(ear, NftEar) else LinkEar())
             self._heard(Event(ear.source))
 
     def _heard(self, event: Event) -> None:
@@ -197,6 +205,8 @@ class Daemon:
             self._edges = open_edges(new, self._tools, self._complain)
             self._schedule = replace(self._schedule, resync_s=new.resync)
             self._told.clear()
+            self._evidence.close()
+            self._evidence = self._gather()
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
@@ -239,7 +249,15 @@ class Daemon:
         self._facts.passed(done, triggers, writers, ended_s - started_s)
         self._tell_changes(done.applied, triggers, writers, ended_s - started_s, was_fighting)
         self._tell_state(done)
+        self._look_further(done, triggers, ended_s)
         self._publish()
+
+    def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
+        if self._notifier.watchdog_s is not None:
+            share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
+            self._evidence.look_limit_s = min(self._evidence.look_limit_s, share_s)
+        changed = bool(done.applied) or not {"start", "reload"}.isdisjoint(triggers)
+        self._evidence.passed(done.view.node, done.view.leased, now_s, changed=changed)
 
     def _listen_to_bridge(self, done: Pass) -> None:
         links = done.view.node.links if done.view.node else ()
@@ -346,6 +364,7 @@ class Daemon:
 
     def _publish(self) -> None:
         try:
+            self._facts.evidence = self._evidence.document()
             status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
         except OSError as error:
             self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")

@@ -27,7 +27,7 @@ _MOST_LINES = 200
 @dataclass(frozen=True)
 class Question:
     """A new connection's first packet, behind DNAT. None: not known, the port and the like; of
-    `out`: by the route."""
+    `out`: by the route. `own`: sent by the node itself, whosever source it has."""
 
     source: Address
     destination: Address
@@ -36,6 +36,7 @@ class Question:
     protocol: int | None = None
     sport: int | None = None
     dport: int | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def _way(question: Question) -> tuple[str | None, str, Address | None]:
             raise Unanswerable(f"{out}: no such device") from None
     back = find_route(source)
     came_in = None if back is None else "" if back.local else back.device
+    if question.own:
+        came_in = ""
     if out is not None:
         route = find_route(destination, out=out)
         return came_in, out, route.next_hop if route else None
@@ -116,7 +119,7 @@ def lines(told: Explanation) -> Iterator[str]:
             head = f"{'  ' * depth}{place.chain} {place.step.number}{by}: "
             yield f"  {head}{place.step.text}{may}"
     yield from (f"note: {one}" for one in told.hooks.unread)
-    yield _conclusion(told)
+    yield conclusion(told)
 
 
 def _flat(way: tuple[Taken, ...], depth: int = 0) -> Iterator[tuple[int, Taken]]:
@@ -125,7 +128,8 @@ def _flat(way: tuple[Taken, ...], depth: int = 0) -> Iterator[tuple[int, Taken]]
         yield from _flat(one.inner, depth + 1)
 
 
-def _conclusion(told: Explanation) -> str:
+def conclusion(told: Explanation) -> str:
+    """The answer in one line."""
     other, certain = told.question.destination, told.trace.answer
     if certain is None:
         some = dict.fromkeys(_seen(one) for one in told.trace.answers)

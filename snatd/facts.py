@@ -26,6 +26,7 @@ class Facts:
         self.last_pass: dict[str, Any] | None = None
         self.fighting: str | None = None
         self.refused: str | None = None
+        self.evidence: dict[str, Any] = {}
         self._state = ""
         self._since = now()
         self._view: dict[str, Any] = {}
@@ -56,6 +57,10 @@ class Facts:
     def headline(self) -> str:
         """STATUS=: what most needs to be known comes first."""
         line = str(self._view.get("headline", "starting"))
+        if wrong := self._is_wrong():
+            line = f"degraded: the rules are in sync, but {wrong}"
+        elif proved_at := self.evidence.get("proof", {}).get("proved_at"):
+            line += f"; proved at {proved_at[11:19]} UTC"
         if self.fighting:
             line = (
                 f"fighting with {self.fighting}, which undoes each repair; at the last look {line}"
@@ -64,9 +69,16 @@ class Facts:
             line = f"new configuration refused, the old one is in force ({self.refused}); {line}"
         return f"{line}; {count(self.repairs, 'repair')}"
 
+    def _is_wrong(self) -> str:
+        """What a datagram showed, although the rules are in sync: it counts for more."""
+        wrong = self.evidence.get("proof", {}).get("wrong")
+        return report.plain(wrong[0]) if wrong and self._view.get("in_sync") else ""
+
     def document(self, mode: str) -> dict[str, Any]:
         return {
             **self._view,
+            **self.evidence,
+            **({"state": "degraded", "in_sync": False} if self._is_wrong() else {}),
             "version": __version__,
             "mode": mode,
             "started_at": self.started_at,

@@ -50,7 +50,12 @@ def headline(view: View) -> str:
     Plain ASCII whatever rules and devices are called: systemd reads a line of its own in every
     newline, and a status of any other encoding loses the whole message.
     """
-    return "".join(one if " " <= one <= "~" else ascii(one)[1:-1] for one in _headline(view))
+    return plain(_headline(view))
+
+
+def plain(text: str) -> str:
+    """A text of harmless characters only."""
+    return "".join(one if " " <= one <= "~" else ascii(one)[1:-1] for one in text)
 
 
 def _headline(view: View) -> str:
@@ -181,6 +186,33 @@ def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tu
     return (head, *diff(transactions, note), *notes)
 
 
+def _evidence_rows(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for one in document["suspects"]:
+        if one["none"]:
+            yield f"{one['family']} rules", "none on this node can SNAT cluster traffic"
+        for rule in one["rules"]:
+            yield f"{one['family']} rules", f"can SNAT cluster traffic: {rule}"
+        for hook in one["before_guard"]:
+            yield "", f"asked before the guard: nat chain {hook}"
+        for why in one["unknown"]:
+            yield f"{one['family']} rules", f"not known whether one can SNAT cluster traffic: {why}"
+    proof = document["proof"]
+    if proof["probed_at"]:
+        kept = [probe["kept"] for probe in proof["probes"] if probe["inside"]]
+        says = (
+            f"{count(len(kept), 'datagram')} to neighbours: {kept.count(True)} kept, "
+            f"{kept.count(False)} SNATed, {kept.count(None)} without an answer"
+        )
+        yield "proof", f"{proof['probed_at']} {says}{', proved' if proof['proved_at'] else ''}"
+    for text in proof["wrong"]:
+        yield "", text
+    for one in document["flows"]:
+        if one["since"] is None:
+            continue  # not counted yet
+        since = f"{one['kept_since']} kept, {one['changed_since']} changed since {one['since']}"
+        yield f"{one['family']} flows", f"{since}; {one['stale']} wrong, {one['deleted']} deleted"
+
+
 def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
     """What `snatd status` prints of the daemon's word."""
     rows: list[tuple[str, str]] = [("", f"{document['status']}")]
@@ -200,6 +232,7 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         rows.append((f"{one['family']} guard", says))
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]
+    rows += _evidence_rows(document)
     repair = document["last_repair"]
     by = f", after {join(repair['writers'])}" if repair and repair["writers"] else ""
     last = f", last {repair['at']}{by}" if repair else ""

@@ -5,7 +5,7 @@ Reads; decides nothing. The decision is `core.trace`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +56,38 @@ def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -
     return Suspects(desired, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread)
 
 
-def lines(found: Iterable[Suspects]) -> Iterator[str]:
+def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
     """For a person, in the order of importance."""
-    for one in found:
-        subnet = one.desired.subnet
-        for answer in one.rules:
-            where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
-            yield f"can SNAT cluster traffic from {subnet}: {_rule(answer)}{where}"
-        for hook in one.earlier:
-            yield f"asked before the guard: nat chain {hook}"
-        for unknown in one.unknown:
-            yield f"not known whether a rule can SNAT cluster traffic from {subnet}: {unknown}"
-        if one.none:
-            yield f"no rule on this node can SNAT cluster traffic from {subnet}"
+    found = tuple(found)
+    return (
+        *rule_lines(found),
+        *earlier_lines(found),
+        *(
+            f"not known whether a rule can SNAT cluster traffic from {one.desired.subnet}: {why}"
+            for one in found
+            for why in one.unknown
+        ),
+        *(
+            f"no rule on this node can SNAT cluster traffic from {one.desired.subnet}"
+            for one in found
+            if one.none
+        ),
+    )
+
+
+def rule_lines(found: Iterable[Suspects]) -> list[str]:
+    """The rules that can."""
+    return [
+        f"can SNAT cluster traffic from {one.desired.subnet}: {_rule(answer)}"
+        for one in found
+        for answer in one.rules
+    ]
+
+
+def earlier_lines(found: Iterable[Suspects]) -> list[str]:
+    """The nat chains that come before the guard; of a table for both families once."""
+    hooks = [f"asked before the guard: nat chain {hook}" for one in found for hook in one.earlier]
+    return list(dict.fromkeys(hooks))
 
 
 def _rule(answer: Answer) -> str:
@@ -76,7 +95,9 @@ def _rule(answer: Answer) -> str:
         return "a rule that could not be read"
     place = answer.place
     who = writer(place.table, place.chain, place.step.text)
-    return f"{place}" if who == UNKNOWN else f"{place} (written by {who})"
+    by = "" if who == UNKNOWN else f" (written by {who})"
+    where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
+    return f"{place}{by}{where}"
 
 
 def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:
@@ -85,10 +106,7 @@ def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:
         {
             "family": one.desired.family.value,
             "none": one.none,
-            "rules": [
-                {"rule": str(answer.place) if answer.place else None, "depends_on": [*answer.why]}
-                for answer in one.rules
-            ],
+            "rules": [_rule(answer) for answer in one.rules],
             "before_guard": [str(hook) for hook in one.earlier],
             "unknown": list(one.unknown),
         }

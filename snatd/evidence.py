@@ -1,0 +1,319 @@
+"""What the daemon finds out about the connections themselves, beside the rules: who could still
+rewrite them, which are wrong since before, and a proof by packet.
+
+Nothing here repairs a rule. It looks after a change and at each resync, and it may cost: so a look
+waits until it takes no more than its share of a core, and connections are read in small steps from
+a child while the loop goes on.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from snatd import explain, suspects
+from snatd.config import Config
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired
+from snatd.core.errors import BackendError, Unanswerable
+from snatd.core.flows import Ids
+from snatd.core.model import Address, Family, NodeState, count
+from snatd.core.proof import Limiter, Probe
+from snatd.facts import now
+from snatd.kernel.hooks import read_hooks
+from snatd.kernel.tools import Tools
+from snatd.suspects import Suspects
+
+if TYPE_CHECKING:
+    from snatd.kernel.conntrack import Sweep, Tally
+
+# A look after a change waits for this long, so that a rival's storm is one change; and until all
+# looks together take no more than these shares of a core.
+_SETTLE_S = 0.2
+_SHARE_OF_CHANGES, _SHARE_OF_RESYNCS = 0.05, 0.002
+_SWEEP_S = 20.0
+_UDP, _DISCARD = 17, 9
+
+Say = Callable[..., None]
+
+
+@dataclass
+class _FamilyFlows:
+    """The connections of one family as they were last counted. `before`: those that there were
+    when the rules last changed, and None if they were not counted yet."""
+
+    wrong: int = 0
+    deleted: int = 0
+    kept: int = 0
+    changed: int = 0
+    since: str = ""
+    before: Ids | None = None
+    cut_off: str | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the last look found. `proved_at` is empty where nothing is proved."""
+
+    suspects: tuple[Suspects, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    probed_at: str = ""
+    proved_at: str = ""
+    wrong: tuple[str, ...] = ()
+
+
+@dataclass
+class Evidence:
+    """Looks when it is `due_s`; its sweep of connections is waited for in the loop's selector."""
+
+    settings: Config
+    tools: Tools
+    selector: selectors.BaseSelector
+    say: Say
+    look_limit_s: float = 5.0
+    due_s: float | None = None
+    _found: _Found = _Found()
+    _flows: dict[Family, _FamilyFlows] = field(default_factory=dict)
+    _node: NodeState | None = None
+    _leased: tuple[Desired, ...] = ()
+    _changed: bool = False
+    _unproved: bool = True
+    _limiter: Limiter = field(default_factory=Limiter)
+    _free_s: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    _todo: deque[Desired] = field(default_factory=deque)
+    _sweep: Sweep | None = None
+    _sweep_began_s: float = 0.0
+    _after_change: bool = False
+    """Whether the sweep follows a change: it deletes what is configured, and counts anew."""
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """What is wrong although the rules are in sync; it makes the daemon degraded."""
+        return self._found.wrong
+
+    @property
+    def proved_at(self) -> str:
+        return self._found.proved_at
+
+    def passed(
+        self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, *, changed: bool
+    ) -> None:
+        """A pass ended, and it changed something or not. The look itself comes later."""
+        self._node, self._leased = node, leased
+        self._changed = self._changed or changed
+        if changed:
+            # What was proved was proved of other rules.
+            self._found = replace(self._found, proved_at="")
+            self._unproved = True
+        due_s = max(now_s + (_SETTLE_S if changed else 0.0), self._free_s[self._changed])
+        self.due_s = due_s if self.due_s is None else min(self.due_s, due_s)
+
+    def waits_until_s(self) -> float | None:
+        """When the loop has to come back at the latest."""
+        times = [] if self.due_s is None else [self.due_s]
+        times += [] if self._sweep is None else [self._sweep.ends_s]
+        return min(times, default=None)
+
+    def turn(self, now_s: float) -> bool:
+        """Does what is due; True where there is news for the status."""
+        if self._sweep is not None and now_s >= self._sweep.ends_s:
+            return self.step()
+        if self.due_s is None or now_s < self.due_s:
+            return False
+        self.due_s = None
+        changed, self._changed = self._changed, False
+        self._look(now_s, changed=changed)
+        self._pace(now_s)
+        return True
+
+    def _pace(self, began_s: float) -> None:
+        """Something that began then ended now: how long its kind has to wait."""
+        ended_s = time.monotonic()
+        for changed, share in ((True, _SHARE_OF_CHANGES), (False, _SHARE_OF_RESYNCS)):
+            free_s = ended_s + (ended_s - began_s) / share
+            self._free_s[changed] = max(self._free_s[changed], free_s)
+
+    def _look(self, now_s: float, *, changed: bool) -> None:
+        deadline = Deadline(now_s + self.look_limit_s)
+        found = suspects.find_suspects(self._leased, self.settings.marks, self.tools, deadline)
+        self._found = replace(self._found, suspects=found)
+        self.say("can_snat", "warning", suspects.rule_lines(found), over="none_can_snat")
+        self.say("before_guard", "warning", suspects.earlier_lines(found))
+        when = self.settings.probe
+        if when == "resync" or (when == "repair" and (self._unproved or self.wrong)):
+            self._probe(now_s, deadline)
+        if self.settings.stale_flows != "off":
+            self._begin_sweeps(changed=changed)
+
+    def _probe(self, now_s: float, deadline: Deadline) -> None:
+        from snatd.verify import probe
+
+        made: list[Probe] = []
+        for one in self._leased:
+            assert self._node is not None
+            with suppress(BackendError):  # the pass has told what cannot be read
+                made += probe(one, self._node, lambda found: self._allowed(found, now_s), 0.0)
+        if not made:
+            return
+        inside = [one for one in made if one.inside and one.kept is not None]
+        wrong = [told for one in inside if (told := self._doubt(one, deadline))]
+        self._unproved = False
+        proved = inside and not wrong and all(one.none for one in self._found.suspects)
+        self._found = replace(
+            self._found,
+            probes=tuple(made),
+            probed_at=now(),
+            proved_at=now() if proved else "",
+            wrong=tuple(wrong),
+        )
+        self.say("not_kept", "error", wrong, over="kept_again")
+
+    def _allowed(self, found: tuple[Address, ...], now_s: float) -> tuple[Address, ...]:
+        self._limiter, allowed = self._limiter.allow(found, now_s)
+        return allowed
+
+    def _doubt(self, one: Probe, deadline: Deadline) -> str:
+        """What is wrong with a probe's answer: it was SNATed, or it is not what the rules say."""
+        assert one.sent_from is not None
+        question = explain.Question(
+            one.sent_from, one.destination, protocol=_UDP, dport=_DISCARD, own=True
+        )
+        try:
+            told = explain.explain(
+                question, lambda family: read_hooks(family, self.tools, deadline)
+            )
+        except (BackendError, Unanswerable) as error:
+            says, answer = f"which rule is not known: {error}", None
+        else:
+            says, answer = explain.conclusion(told), told.trace.answer
+        if answer is not None and answer.sources != (one.seen_as,):
+            return (
+                f"a datagram from {one.sent_from} to {one.destination} left as {one.seen_as}, "
+                f"and the rules say: {says}: snatd does not understand this node, please report it"
+            )
+        return "" if one.kept else f"{one.destination} sees {one.seen_as}: {says}"
+
+    def _begin_sweeps(self, *, changed: bool) -> None:
+        if self._sweep is not None and not changed:
+            return
+        self._end_sweep()
+        self._after_change = changed
+        self._todo = deque(self._leased)
+        self._flows = {
+            one.family: self._flows.get(one.family, _FamilyFlows()) for one in self._todo
+        }
+        self._next_sweep()
+
+    def _next_sweep(self) -> None:
+        from snatd.kernel.conntrack import Sweep
+
+        while self._todo and self._sweep is None:
+            one = self._todo[0]
+            acts = self._after_change and self.settings.mode == "enforce"
+            self._sweep_began_s = time.monotonic()
+            try:
+                self._sweep = Sweep(
+                    one,
+                    self.tools,
+                    _SWEEP_S,
+                    marks=self.settings.marks,
+                    policy=self.settings.stale_flows if acts else "report",
+                    census=True,
+                    before=None if self._after_change else self._flows[one.family].before,
+                )
+            except BackendError as error:
+                self._todo.popleft()
+                self.say("flows_unknown", "warning", str(error), over="flows_known")
+            else:
+                self.selector.register(self._sweep, selectors.EVENT_READ, self.step)
+
+    def step(self) -> bool:
+        """Reads on in the sweep; True where it is done, and so news for the status."""
+        if self._sweep is None:
+            return False
+        sweep = self._sweep
+        descriptor = sweep.fileno()
+        try:
+            sweep.step()
+        except BackendError as error:
+            self.say("flows_unknown", "warning", str(error), over="flows_known")
+        else:
+            if sweep.tally is None:
+                return False
+            self.say("flows_unknown", "warning", "", over="flows_known")
+            self._count(self._todo[0], sweep.tally)
+        self.selector.unregister(descriptor)
+        self._sweep = None
+        self._todo.popleft()
+        self._pace(self._sweep_began_s)
+        self._next_sweep()
+        return True
+
+    def _count(self, desired: Desired, tally: Tally) -> None:
+        flows = self._flows[desired.family]
+        flows.wrong, flows.cut_off = tally.wrong - tally.deleted, tally.cut_off
+        if self._after_change or flows.before is None:
+            flows.deleted += tally.deleted
+            flows.kept = flows.changed = 0
+            flows.since, flows.before = now(), tally.ids
+            if tally.wrong:
+                self.say(
+                    "stale_flows",
+                    "info",
+                    f"{count(tally.wrong, 'connection')} from {desired.subnet} began before and "
+                    f"are seen as somebody else; {tally.deleted} deleted",
+                    same=(desired.family, tally.wrong, tally.deleted, flows.since),
+                    hint="snatd flows",
+                )
+        else:
+            flows.kept, flows.changed = tally.kept, tally.changed
+            self.say(
+                "flows_changed",
+                "warning",
+                f"{count(tally.changed, 'new connection')} from {desired.subnet} did not keep "
+                "their address"
+                if tally.changed
+                else "",
+                hint="snatd flows; snatd explain",
+            )
+
+    def _end_sweep(self) -> None:
+        if self._sweep is not None:
+            self.selector.unregister(self._sweep)
+            self._sweep.close()
+            self._sweep = None
+
+    def close(self) -> None:
+        self._end_sweep()
+
+    def document(self) -> dict[str, Any]:
+        """For the status file."""
+        from snatd.verify import probe_document
+
+        found = self._found
+        return {
+            "suspects": suspects.document(found.suspects),
+            "proof": {
+                "proved_at": found.proved_at or None,
+                "probed_at": found.probed_at or None,
+                "probes": [probe_document(one) for one in found.probes],
+                "wrong": list(found.wrong),
+            },
+            "flows": [
+                {
+                    "family": family.value,
+                    "stale": one.wrong,
+                    "deleted": one.deleted,
+                    "since": one.since or None,
+                    "kept_since": one.kept,
+                    "changed_since": one.changed,
+                    "cut_off": one.cut_off,
+                }
+                for family, one in self._flows.items()
+            ],
+        }
