@@ -24,7 +24,7 @@ from snatd.core.errors import BackendBusy, ConfigError
 from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
 from snatd.core.schedule import Schedule
-from snatd.evidence import Evidence
+from snatd.evidence import Cause, Evidence
 from snatd.facts import Facts, now
 from snatd.host import journal, status
 from snatd.host.instance import Instance
@@ -256,8 +256,12 @@ class Daemon:
         if self._notifier.watchdog_s is not None:
             share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
             self._evidence.look_limit_s = min(self._evidence.look_limit_s, share_s)
-        changed = bool(done.applied) or not {"start", "reload"}.isdisjoint(triggers)
-        self._evidence.passed(done.view.node, done.view.leased, now_s, changed=changed)
+        cause = Cause.RESYNC
+        if done.applied or not {"start", "reload"}.isdisjoint(triggers):
+            cause = Cause.CHANGED
+        elif not {NftEar.source, LegacyPoll.source, "xtables_lock"}.isdisjoint(triggers):
+            cause = Cause.HEARD
+        self._evidence.passed(done.view.node, done.view.leased, now_s, cause)
 
     def _listen_to_bridge(self, done: Pass) -> None:
         links = done.view.node.links if done.view.node else ()

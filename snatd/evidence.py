@@ -8,6 +8,7 @@ a child while the loop goes on.
 
 from __future__ import annotations
 
+import enum
 import selectors
 import time
 from collections import deque
@@ -32,10 +33,19 @@ from snatd.suspects import Suspects
 if TYPE_CHECKING:
     from snatd.kernel.conntrack import Sweep, Tally
 
-# A look after a change waits for this long, so that a rival's storm is one change; and until all
-# looks together take no more than these shares of a core.
+# A look waits for this long, so that a rival's storm is one change; and until all looks together
+# take no more than a share of a core.
 _SETTLE_S = 0.2
-_SHARE_OF_CHANGES, _SHARE_OF_RESYNCS = 0.05, 0.002
+
+
+class Cause(enum.Enum):
+    """Why to look again. The value is the share of a core that all such looks may take."""
+
+    CHANGED = 0.05  # a repair, a start, a new configuration
+    HEARD = 0.01  # somebody wrote to a nat table, and nothing was to be repaired
+    RESYNC = 0.002
+
+
 _SWEEP_S = 20.0
 _UDP, _DISCARD = 17, 9
 
@@ -81,10 +91,10 @@ class Evidence:
     _flows: dict[Family, _FamilyFlows] = field(default_factory=dict)
     _node: NodeState | None = None
     _leased: tuple[Desired, ...] = ()
-    _changed: bool = False
+    _cause: Cause = Cause.RESYNC
     _unproved: bool = True
     _limiter: Limiter = field(default_factory=Limiter)
-    _free_s: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    _free_s: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(Cause, 0.0))
     _todo: deque[Desired] = field(default_factory=deque)
     _sweep: Sweep | None = None
     _sweep_began_s: float = 0.0
@@ -101,16 +111,16 @@ class Evidence:
         return self._found.proved_at
 
     def passed(
-        self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, *, changed: bool
+        self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
     ) -> None:
-        """A pass ended, and it changed something or not. The look itself comes later."""
+        """A pass ended. The look itself comes later."""
         self._node, self._leased = node, leased
-        self._changed = self._changed or changed
-        if changed:
+        self._cause = max(self._cause, cause, key=lambda one: one.value)
+        if cause is Cause.CHANGED:
             # What was proved was proved of other rules.
             self._found = replace(self._found, proved_at="")
             self._unproved = True
-        due_s = max(now_s + (_SETTLE_S if changed else 0.0), self._free_s[self._changed])
+        due_s = max(now_s + _SETTLE_S, self._free_s[self._cause])
         self.due_s = due_s if self.due_s is None else min(self.due_s, due_s)
 
     def waits_until_s(self) -> float | None:
@@ -126,26 +136,33 @@ class Evidence:
         if self.due_s is None or now_s < self.due_s:
             return False
         self.due_s = None
-        changed, self._changed = self._changed, False
-        self._look(now_s, changed=changed)
-        self._pace(now_s)
+        cause, self._cause = self._cause, Cause.RESYNC
+        # What the first look imports costs 0.1 s, once.
+        import snatd.kernel.conntrack
+        import snatd.kernel.probe  # noqa: F401
+
+        began_s = time.monotonic()
+        self._look(began_s, changed=cause is Cause.CHANGED)
+        self._pace(began_s)
         return True
 
     def _pace(self, began_s: float) -> None:
         """Something that began then ended now: how long its kind has to wait."""
         ended_s = time.monotonic()
-        for changed, share in ((True, _SHARE_OF_CHANGES), (False, _SHARE_OF_RESYNCS)):
-            free_s = ended_s + (ended_s - began_s) / share
-            self._free_s[changed] = max(self._free_s[changed], free_s)
+        for cause in Cause:
+            free_s = ended_s + (ended_s - began_s) / cause.value
+            self._free_s[cause] = max(self._free_s[cause], free_s)
 
     def _look(self, now_s: float, *, changed: bool) -> None:
         deadline = Deadline(now_s + self.look_limit_s)
         found = suspects.find_suspects(self._leased, self.settings.marks, self.tools, deadline)
-        self._found = replace(self._found, suspects=found)
+        proved_at = self._found.proved_at if all(one.none for one in found) else ""
+        self._found = replace(self._found, suspects=found, proved_at=proved_at)
         self.say("can_snat", "warning", suspects.rule_lines(found), over="none_can_snat")
         self.say("before_guard", "warning", suspects.earlier_lines(found))
         when = self.settings.probe
-        if when == "resync" or (when == "repair" and (self._unproved or self.wrong)):
+        doubt = self._unproved or self.wrong or any(one.rules for one in found)
+        if when == "resync" or (when == "repair" and doubt):
             self._probe(now_s, deadline)
         if self.settings.stale_flows != "off":
             self._begin_sweeps(changed=changed)
@@ -265,8 +282,8 @@ class Evidence:
                 self.say(
                     "stale_flows",
                     "info",
-                    f"{count(tally.wrong, 'connection')} from {desired.subnet} began before and "
-                    f"are seen as somebody else; {tally.deleted} deleted",
+                    f"since before the change {count(tally.wrong, 'connection')} from "
+                    f"{desired.subnet} seen as somebody else; {tally.deleted} deleted",
                     same=(desired.family, tally.wrong, tally.deleted, flows.since),
                     hint="snatd flows",
                 )
