@@ -31,7 +31,7 @@ def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
     """Probes the neighbours, or some destinations. Raises BackendError where the node cannot be
     read."""
     node, leased, waiting = read_leased(settings, Tools(), _LIMIT_S)
-    warnings, probes, failed = list(waiting), [], False
+    warnings, probes, problems = list(waiting), [], []
     for address in destinations:
         if all(address.version != one.family.version for one in leased):
             probes.append(Probe(address, False, why="nothing is leased in its family"))
@@ -42,8 +42,7 @@ def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
         try:
             made = probe(one, node, _these_or_all(wanted), _ANSWER_S)
         except BackendError as error:
-            warnings.append(f"{one.family.value}: {error}")
-            failed = True
+            problems.append(f"{one.family.value}: {error}")
             continue
         if not made:
             warnings.append(
@@ -52,10 +51,14 @@ def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
             )
         probes += made
     return Answer(
-        {"probes": [probe_document(one) for one in probes]},
+        {
+            "probes": [probe_document(one) for one in probes],
+            "waiting_for": list(waiting),
+            "problems": problems,
+        },
         (*probe_lines(probes), *conclusion(probes)),
-        tuple(warnings),
-        EXIT_FAILING if failed else exit_code(probes),
+        (*warnings, *problems),
+        EXIT_FAILING if problems else exit_code(probes),
     )
 
 
