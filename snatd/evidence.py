@@ -17,16 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from snatd import explain, suspects
+from snatd import suspects
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendError, Unanswerable
+from snatd.core.errors import BackendError
 from snatd.core.flows import Ids
 from snatd.core.model import Address, Family, NodeState, count
 from snatd.core.proof import Limiter, Probe
 from snatd.facts import now
-from snatd.kernel.hooks import read_hooks
 from snatd.kernel.tools import Tools
 from snatd.suspects import Suspects
 
@@ -43,11 +42,10 @@ class Cause(enum.Enum):
 
     CHANGED = 0.05  # a repair, a start, a new configuration
     HEARD = 0.01  # somebody wrote to a nat table, and nothing was to be repaired
-    RESYNC = 0.002
+    RESYNC = 0.0005
 
 
 _SWEEP_S = 20.0
-_UDP, _DISCARD = 17, 9
 
 Say = Callable[..., None]
 
@@ -168,7 +166,7 @@ class Evidence:
             self._begin_sweeps(changed=changed)
 
     def _probe(self, now_s: float, deadline: Deadline) -> None:
-        from snatd.verify import probe
+        from snatd.verify import doubt, probe
 
         made: list[Probe] = []
         for one in self._leased:
@@ -178,7 +176,7 @@ class Evidence:
         if not made:
             return
         inside = [one for one in made if one.inside and one.kept is not None]
-        wrong = [told for one in inside if (told := self._doubt(one, deadline))]
+        wrong = [told for one in inside if (told := doubt(one, self.tools, deadline))]
         self._unproved = False
         proved = inside and not wrong and all(one.none for one in self._found.suspects)
         self._found = replace(
@@ -193,27 +191,6 @@ class Evidence:
     def _allowed(self, found: tuple[Address, ...], now_s: float) -> tuple[Address, ...]:
         self._limiter, allowed = self._limiter.allow(found, now_s)
         return allowed
-
-    def _doubt(self, one: Probe, deadline: Deadline) -> str:
-        """What is wrong with a probe's answer: it was SNATed, or it is not what the rules say."""
-        assert one.sent_from is not None
-        question = explain.Question(
-            one.sent_from, one.destination, protocol=_UDP, dport=_DISCARD, own=True
-        )
-        try:
-            told = explain.explain(
-                question, lambda family: read_hooks(family, self.tools, deadline)
-            )
-        except (BackendError, Unanswerable) as error:
-            says, answer = f"which rule is not known: {error}", None
-        else:
-            says, answer = explain.conclusion(told), told.trace.answer
-        if answer is not None and answer.sources != (one.seen_as,):
-            return (
-                f"a datagram from {one.sent_from} to {one.destination} left as {one.seen_as}, "
-                f"and the rules say: {says}: snatd does not understand this node, please report it"
-            )
-        return "" if one.kept else f"{one.destination} sees {one.seen_as}: {says}"
 
     def _begin_sweeps(self, *, changed: bool) -> None:
         if self._sweep is not None and not changed:

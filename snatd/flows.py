@@ -14,6 +14,7 @@ from snatd.core.flows import Flow
 from snatd.core.model import Family, Hold, NodeState, count
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
+from snatd.reconcile import look
 from snatd.report import EXIT_FAILING, EXIT_OK, EXIT_WAITING, Answer
 
 _LIMIT_S = 20.0
@@ -43,14 +44,14 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
     tools = Tools()
     _, leased, waiting = read_leased(settings, tools, _LIMIT_S)
     policy, marks = delete or "report", settings.marks
-    tallies, warnings = [], list(waiting)
-    exit_code = EXIT_OK if leased else EXIT_WAITING
+    tallies, problems, warnings = [], [], list(waiting)
+    if delete and not _in_sync(settings, tools):
+        warnings.append("the rules are not in sync (`snatd check`): flows may come back as wrong")
     for one in leased:
         try:
             tallies.append(Sweep(one, tools, _LIMIT_S, marks=marks, policy=policy).run())
         except BackendError as error:
-            warnings.append(f"{one.family.value}: {error}")
-            exit_code = EXIT_FAILING
+            problems.append(f"{one.family.value}: {error}")
     shown = [flow for tally in tallies for flow in tally.flows]
     wrong = sum(tally.wrong for tally in tallies)
     deleted = sum(tally.deleted for tally in tallies)
@@ -65,6 +66,8 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
         "flows": [flow_document(flow) for flow in shown],
         "wrong": wrong,
         "cut_off": any(tally.cut_off for tally in tallies),
+        "waiting_for": list(waiting),
+        "problems": problems,
     }
     if delete:
         document["deleted"] = deleted
@@ -74,7 +77,13 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
         lines = (f"{count(deleted, 'flow')} deleted, {wrong - deleted} left",)
     else:
         lines = flow_lines(shown)
-    return Answer(document, lines if tallies else (), tuple(warnings), exit_code)
+    exit_code = EXIT_FAILING if problems else EXIT_OK if leased else EXIT_WAITING
+    return Answer(document, lines if tallies else (), (*warnings, *problems), exit_code)
+
+
+def _in_sync(settings: Config, tools: Tools) -> bool:
+    deadline = Deadline(time.monotonic() + _LIMIT_S)
+    return not look(open_edges(settings, tools), settings.policy, deadline).plan
 
 
 def flow_document(flow: Flow) -> dict[str, Any]:

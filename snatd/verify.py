@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from snatd import explain
 from snatd.config import Config
+from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendError
+from snatd.core.errors import BackendError, Unanswerable
 from snatd.core.flows import FlowKey, concerns
 from snatd.core.model import Address, Hold, NodeState, join
-from snatd.core.proof import Probe, conclusion, exit_code, neighbours, unused_address
+from snatd.core.proof import (
+    DISCARD,
+    UDP,
+    Probe,
+    conclusion,
+    exit_code,
+    neighbours,
+    unused_address,
+)
 from snatd.flows import read_leased
+from snatd.kernel.hooks import read_hooks
 from snatd.kernel.tools import Tools
 from snatd.report import EXIT_FAILING, Answer
 
@@ -30,8 +42,9 @@ Choice = Callable[[tuple[Address, ...]], Iterable[Address]]
 def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
     """Probes the neighbours, or some destinations. Raises BackendError where the node cannot be
     read."""
-    node, leased, waiting = read_leased(settings, Tools(), _LIMIT_S)
-    warnings, probes, failed = list(waiting), [], False
+    tools = Tools()
+    node, leased, waiting = read_leased(settings, tools, _LIMIT_S)
+    warnings, probes, problems = list(waiting), [], []
     for address in destinations:
         if all(address.version != one.family.version for one in leased):
             probes.append(Probe(address, False, why="nothing is leased in its family"))
@@ -42,8 +55,7 @@ def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
         try:
             made = probe(one, node, _these_or_all(wanted), _ANSWER_S)
         except BackendError as error:
-            warnings.append(f"{one.family.value}: {error}")
-            failed = True
+            problems.append(f"{one.family.value}: {error}")
             continue
         if not made:
             warnings.append(
@@ -51,12 +63,42 @@ def verify(settings: Config, destinations: Sequence[Address] = ()) -> Answer:
                 f"{join(one.networks)} but to {one.subnet}: name an address to be probed"
             )
         probes += made
+    deadline = Deadline(time.monotonic() + _LIMIT_S)
+    probes = [replace(one, why=one.why or doubt(one, tools, deadline)) for one in probes]
     return Answer(
-        {"probes": [probe_document(one) for one in probes]},
+        {
+            "probes": [probe_document(one) for one in probes],
+            "waiting_for": list(waiting),
+            "problems": problems,
+        },
         (*probe_lines(probes), *conclusion(probes)),
-        tuple(warnings),
-        EXIT_FAILING if failed else exit_code(probes),
+        (*warnings, *problems),
+        EXIT_FAILING if problems else exit_code(probes),
     )
+
+
+def doubt(one: Probe, tools: Tools, deadline: Deadline) -> str:
+    """What is wrong with an answer: it was SNATed, and by which rule; or it is not what the rules
+    say. Empty where nothing is."""
+    if one.sent_from is None or one.seen_as is None:
+        return ""
+    question = explain.Question(
+        one.sent_from, one.destination, protocol=UDP, dport=DISCARD, own=True
+    )
+    try:
+        told = explain.explain(question, lambda family: read_hooks(family, tools, deadline))
+    except (BackendError, Unanswerable) as error:
+        said, answer = f"by which rule is not known: {error}", None
+    else:
+        said, answer = explain.conclusion(told), told.trace.answer
+    if answer is not None and answer.sources != (one.seen_as,):
+        return (
+            f"a datagram from {one.sent_from} to {one.destination} left as {one.seen_as}, but by "
+            f"the rules {said}: snatd does not understand this node, please report it"
+        )
+    if one.kept:
+        return ""
+    return said if answer else f"{one.destination} sees {one.seen_as}: {said}"
 
 
 def _these_or_all(wanted: Sequence[Address]) -> Choice:
@@ -121,4 +163,5 @@ def _said(one: Probe) -> str:
         return f"{sent}no answer: {one.why}"
     outcome = "kept" if one.kept else "SNATed"
     outside = "" if one.inside else ", but it is not among the networks where that is promised"
-    return f"{sent}seen as {one.seen_as}: {outcome}{outside}"
+    why = f": {one.why}" if one.why else ""
+    return f"{sent}seen as {one.seen_as}: {outcome}{outside}{why}"

@@ -84,7 +84,7 @@ def parse_flow(line: str) -> Flow:
         icmp = name.startswith("icmp")
         ports = original.get("sport", original.get("srckey"))
         key = FlowKey(
-            protocol=int(match["number"]),
+            protocol=_whole(match["number"], 8),
             source=_address(match["source"]),
             destination=_address(match["destination"]),
             source_port=_number(ports),
@@ -95,13 +95,13 @@ def parse_flow(line: str) -> Flow:
             key=key,
             protocol=name if name != "unknown" else match["number"],
             # The reply of an ICMP entry has an `id` too; the entry's own is printed last.
-            id=int(match["reply"].rpartition(" id=")[2].split(" ", 1)[0]),
+            id=_whole(match["reply"].rpartition(" id=")[2].split(" ", 1)[0], 32),
             seen_as=_address(match["reply_destination"]),
             answered_by=_address(match["reply_source"]),
             answered_from_port=_number(reply.get("sport", reply.get("srckey"))),
-            timeout_s=_number(match["timeout"]),
-            age_s=_number(reply.get("delta-time")),
-            mark=int(reply.get("mark", "0")),
+            timeout_s=_number(match["timeout"], 32),
+            age_s=_number(reply.get("delta-time"), 64),
+            mark=_whole(reply.get("mark", "0"), 32),
             zoned="zone" in match["original"] or "zone" in match["reply"],
         )
     except (ValueError, KeyError) as error:
@@ -116,12 +116,20 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
-def _number(text: str | None) -> int | None:
-    return None if text is None else int(text, 0)
+def _number(text: str | None, bits: int = 16) -> int | None:
+    return None if text is None else _whole(text, bits)
+
+
+def _whole(text: str, bits: int) -> int:
+    """What goes back to the kernel in so many bits. Raises ValueError."""
+    number = int(text, 0)
+    if number < 0 or number >> bits:
+        raise ValueError(f"{text!r} is not a number of {bits} bits")
+    return number
 
 
 def _icmp(original: dict[str, str]) -> tuple[int, int, int]:
-    return int(original["type"]), int(original["code"]), int(original["id"])
+    return _whole(original["type"], 8), _whole(original["code"], 8), _whole(original["id"], 16)
 
 
 def concerns(destination: Address, desired: Desired) -> bool:

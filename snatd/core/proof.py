@@ -12,6 +12,8 @@ from snatd.core.model import Address, Network
 from snatd.core.networks import contains
 
 NEIGHBOURS = 16
+# Sent to the discard port (RFC 863), which nobody minds.
+UDP, DISCARD = 17, 9
 _INTERVAL_S = 60.0
 _TRIED = 256
 

@@ -227,8 +227,7 @@ class Entries:
 
     def seen_as(self, key: FlowKey) -> Address | None:
         """The source that the other side sees, or None where there is no such connection."""
-        answers = self._ask("get", key)
-        for answer in answers:
+        for answer in self._ask("get", key) or ():
             original = answer.get_attr("CTA_TUPLE_ORIG")
             # The kernel also finds an entry whose reply has this tuple.
             if original and self._address(original, "SRC") == key.source:
@@ -239,7 +238,7 @@ class Entries:
         """Deletes one entry; False where it is gone. With its id, not one that took its place, as
         far as the id tells (`Flow.identity`)."""
         more = {} if entry_id is None else {"id": entry_id}
-        return bool(self._ask("del", key, **more))
+        return self._ask("del", key, **more) is not None
 
     def _address(self, part: Any, which: str) -> Address:
         version = 4 if self._family == socket.AF_INET else 6
@@ -247,7 +246,8 @@ class Entries:
             part.get_attr("CTA_TUPLE_IP").get_attr(f"CTA_IP_V{version}_{which}")
         )
 
-    def _ask(self, what: str, key: FlowKey, **more: int) -> list[Any]:
+    def _ask(self, what: str, key: FlowKey, **more: int) -> list[Any] | None:
+        """The answers (pyroute2 0.7 has none to a delete), or None where there is no such entry."""
         icmp_type, icmp_code, icmp_id = key.icmp or (None, None, None)
         original = NFCTAttrTuple(
             family=self._family,
@@ -264,7 +264,7 @@ class Entries:
             return list(self._socket.entry(what, tuple_orig=original, **more))
         except NetlinkError as error:
             if error.code == _NO_ENTRY:
-                return []
+                return None
             raise BackendFailed(f"the kernel refused to {what} a connection: {error}") from None
         except OSError as error:
             raise BackendBusy(f"netlink: {error.strerror or error}") from None

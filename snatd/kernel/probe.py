@@ -9,10 +9,9 @@ from collections.abc import Collection
 
 from snatd.core.flows import FlowKey
 from snatd.core.model import Address, Family
+from snatd.core.proof import DISCARD, UDP
 from snatd.kernel.conntrack import Entries
 
-_DISCARD = 9
-_UDP = 17
 _POLL_S = 0.005
 _IPV6_TRANSPARENT = 75  # include/uapi/linux/in6.h; the socket module of 3.11 lacks it
 _TRANSPARENT = {
@@ -37,13 +36,13 @@ def send(destination: Address, unused: Address | None, own: Address | None) -> F
                 sender.setsockopt(level, option, transparent)
                 sender.bind((str(source), 0))
                 port = sender.getsockname()[1]
-                sender.sendto(b"snatd verify\n", (str(destination), _DISCARD))
+                sender.sendto(b"snatd verify\n", (str(destination), DISCARD))
             except OSError as error:
                 why = f"not sent from {source}: {error.strerror}"
                 if error.errno == errno.EPERM:
                     why += ": a firewall rule of this node drops it"
             else:
-                return FlowKey(_UDP, source, destination, port, _DISCARD)
+                return FlowKey(UDP, source, destination, port, DISCARD)
     return why
 
 

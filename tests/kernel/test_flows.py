@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import selectors
 import socket
@@ -193,6 +194,17 @@ def test_no_entry_of_anyone_else_is_touched(
     assert tcp.startswith(f"6 src={me} dst={pod} sport={port} ")
 
 
+def test_a_delete_before_the_repair_is_said_to_be_in_vain(
+    lab: Lab, node: Node, snatd: Snatd
+) -> None:
+    udp = Udp(node.container, lab.nodes[1].container_address)
+    assert udp.seen_as() == node.address
+    done = snatd.command("flows", "--delete", "udp")
+    assert done.stdout == "1 flow deleted, 0 left\n"
+    assert "not in sync" in done.stderr
+    assert udp.seen_as() == node.address
+
+
 def test_a_cut_out_keeps_its_masquerade(backend: str, tmp_path: Path) -> None:
     with Lab(backend, pods="10.7") as lab:
         node = lab.nodes[0]
@@ -213,6 +225,7 @@ def test_without_the_command(nft_lab: Lab, tmp_path: Path) -> None:
         done = snatd.command("flows", "--json")
         assert done.returncode == 4
         assert "install the package conntrack" in done.stderr
+        assert "install the package conntrack" in json.loads(done.stdout)["problems"][0]
 
 
 def test_without_a_lease(host: Namespace, tmp_path: Path) -> None:
