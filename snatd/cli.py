@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,25 +39,10 @@ Keeps the source address of container traffic inside a flannel network: the rule
 all that leaves this node's container subnet is narrowed to what leaves the cluster network.
 """
 
-_EXITS = """\
-exit status: 0 in sync (status: the daemon says so; explain: decided), 1 drift (status: not in sync;
-revert, confirm: refused; explain: "may"), 2 wrong usage (explain: also no such device or route),
-3 waiting for flannel or the bridge (status: not running), 4 a lock or a tool is busy or fails,
-77 not permitted, 78 the configuration is wrong
-"""
-
-
-_FLOWS_EXITS = """\
-exit status: 0 listed or deleted, 3 waiting for flannel, 4 the connections cannot be read,
-77 not permitted, 78 the configuration is wrong
-"""
-
-
-_VERIFY_EXITS = """\
-exit status: 0 every datagram into the networks kept its source, 1 one was SNATed, 3 not proved: no
-neighbour, no answer or no lease, 4 the node cannot be read, 77 not permitted, 78 the configuration
-is wrong
-"""
+_STATE_EXITS = (
+    "0 in sync, 1 drift, 3 waiting for flannel or the bridge, 4 a lock or a tool is busy or fails"
+)
+_COMMON_EXITS = "77 not permitted, 78 the configuration is wrong"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,20 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snatd",
         description=_DESCRIPTION,
-        epilog=_EXITS,
+        epilog="Exit statuses are told by `snatd COMMAND --help`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"snatd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(
-        name: str, command: Any, text: str, *, reports: bool = True, exits: str = _EXITS
+        name: str, command: Any, text: str, exits: str, *, reports: bool = True
     ) -> argparse.ArgumentParser:
         one = commands.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=exits,
+            epilog=textwrap.fill(f"exit status: {exits}; 2 wrong usage, {_COMMON_EXITS}", 79),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         one.add_argument(
@@ -118,23 +104,54 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=command)
         return one
 
-    add("run", _run, "run the daemon in the foreground", reports=False)
-    add("check", _check, "say what is wrong with this node's rules, and change nothing")
-    apply = add("apply", _apply, "put this node's rules right once, and say what was done")
+    add(
+        "run",
+        _run,
+        "run the daemon in the foreground",
+        "0 ended by SIGTERM or SIGINT, 1 another snatd runs",
+        reports=False,
+    )
+    add(
+        "check",
+        _check,
+        "say what is wrong with this node's rules, and change nothing",
+        _STATE_EXITS,
+    )
+    apply = add(
+        "apply",
+        _apply,
+        "put this node's rules right once, and say what was done",
+        f"{_STATE_EXITS}; with --confirm 1 also if a daemon runs",
+    )
     apply.add_argument(
         "--confirm",
         type=_seconds,
         metavar="SECONDS",
         help="put everything back unless a key is pressed or `snatd confirm` is called in time",
     )
-    add("confirm", _confirm, "keep what a waiting `snatd apply --confirm` has done")
-    add("status", _status, "show what the running daemon says of itself")
-    add("revert", _revert, "put back the rules that were there before snatd's, and remove its own")
+    add(
+        "confirm",
+        _confirm,
+        "keep what a waiting `snatd apply --confirm` has done",
+        "0 done, 1 nothing waits",
+    )
+    add(
+        "status",
+        _status,
+        "show what the running daemon says of itself",
+        "0 in sync, 1 not, or in a fight, or a new configuration was refused, 3 not running",
+    )
+    add(
+        "revert",
+        _revert,
+        "put back the rules that were there before snatd's, and remove its own",
+        "0 done or nothing to do, 1 a daemon runs, 4 a lock or a tool is busy or fails",
+    )
     flows = add(
         "flows",
         _flows,
         "list the connections whose container is still seen as somebody else",
-        exits=_FLOWS_EXITS,
+        "0 listed or deleted, 3 waiting for flannel, 4 the connections cannot be read",
     )
     flows.add_argument(
         "--delete",
@@ -146,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         _verify,
         "send a datagram to each neighbour, and say which source the kernel gave it",
-        exits=_VERIFY_EXITS,
+        "0 every datagram into the networks kept its source, 1 one was SNATed, 3 not proved: no "
+        "neighbour, no answer or no lease, 4 the node cannot be read",
     )
     verify.add_argument(
         "destinations",
@@ -156,7 +174,11 @@ def _parser() -> argparse.ArgumentParser:
         help="addresses to send to, instead of the neighbours that the routes tell",
     )
     asking = add(
-        "explain", _explain, "say who would rewrite the source of a new connection's packet"
+        "explain",
+        _explain,
+        "say who would rewrite the source of a new connection's packet",
+        '0 the source is certain, 1 "may", 4 a lock or a tool is busy or fails; 2 also where there '
+        "is no such device or route",
     )
     asking.add_argument("source", type=_address, metavar="SRC", help="address that it comes from")
     asking.add_argument("destination", type=_address, metavar="DST", help="address, behind DNAT")
