@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BACKEND ?= nft
 
 # What the tests, the demo and the virtual environment need of Debian 12 or 13.
-PACKAGES := iptables nftables iproute2 conntrack procps util-linux \
+PACKAGES := iptables nftables iproute2 conntrack procps util-linux strace \
 	python3 python3-venv python3-dev gcc libc6-dev
 
 .PHONY: help venv demo test bench clean packages

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,7 @@ from snatd.host import status
 from snatd.host.confirm import Confirmation, confirm
 from snatd.host.instance import AlreadyRunning, Instance
 from snatd.host.memory import Key, MemoryDamaged, MemoryFile
+from snatd.host.saved_rules import Outcome
 from snatd.kernel.tools import Tools
 from snatd.reconcile import Edges, View
 
@@ -47,7 +49,10 @@ _COMMON_EXITS = "77 not permitted, 78 the configuration is wrong"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if getattr(options, "without_dynamic", False) and not options.full:
+        parser.error("--without-dynamic goes with --full")
     try:
         status_code = int(options.command(options))
     except ConfigError as error:
@@ -146,6 +151,25 @@ def _parser() -> argparse.ArgumentParser:
         _revert,
         "put back the rules that were there before snatd's, and remove its own",
         "0 done or nothing to do, 1 a daemon runs, 4 a lock or a tool is busy or fails",
+    )
+    save = add(
+        "save",
+        _save,
+        "bring the saved rules files in line, and show what was changed",
+        "0 done, or nothing to do, 1 something would change (--dry-run), 3 waiting for flannel or "
+        "the bridge, 4 a file is left alone or could not be written, and why",
+    )
+    save.add_argument("--dry-run", action="store_true", help="only show what would change")
+    save.add_argument(
+        "--full",
+        action="store_true",
+        help="replace the files by what `iptables-save` prints now, and bring that in line",
+    )
+    save.add_argument(
+        "--without-dynamic",
+        action="store_true",
+        help="with --full: leave out the chains of Docker, Kubernetes, CNI, flannel and netavark, "
+        "and the rules that jump to them",
     )
     flows = add(
         "flows",
@@ -404,6 +428,9 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _revert(options: argparse.Namespace) -> int:
+    from snatd import saving
+    from snatd.kernel.backends import iptables_is
+    from snatd.kernel.restore import check_restore
     from snatd.node import require_permission
 
     settings = config.load(options.config)
@@ -411,7 +438,16 @@ def _revert(options: argparse.Namespace) -> int:
     instance = _take_instance(settings, "it would put its rules back at once")
     memory = MemoryFile(settings.state_dir)
     remembered = _load(memory)
-    done, problems = _revert_all(settings, remembered, Tools())
+    tools = Tools()
+    done, problems = _revert_all(settings, remembered, tools)
+    files: tuple[Outcome, ...] = ()
+    try:
+        backend = iptables_is(tools, _deadline())
+        check = partial(check_restore, tools=tools)
+        files = saving.revert_files(settings, backend, check, remembered, _warn)
+    except BackendError as error:
+        problems.append(f"saved rules: {error}")
+    problems += saving.troubles(files)
     if remembered and not problems:
         try:
             memory.forget()
@@ -420,10 +456,12 @@ def _revert(options: argparse.Namespace) -> int:
     instance.release()
     if options.json:
         changes = [report.transaction_document(one) for one in done]
-        _print_json({"reverted": changes, "problems": problems})
+        document = {"saved_rules": saving.documents(files), "problems": problems}
+        _print_json({"reverted": changes, **document})
         return report.EXIT_FAILING if problems else 0
-    if done or not problems:
-        _print_lines(report.diff(done, _DONE) or ("nothing of snatd's is here",))
+    changed = (*report.diff(done, _DONE), *saving.lines(files))
+    if changed or not problems:
+        _print_lines(changed or ("nothing of snatd's is here",))
     for problem in problems:
         _warn(f"not reverted: {problem}")
     return report.EXIT_FAILING if problems else 0
@@ -462,6 +500,30 @@ def _revert_all(
         except BackendError as error:
             problems.append(f"{tables.family.value} {tables.backend.value}: {error}")
     return done, problems
+
+
+def _save(options: argparse.Namespace) -> int:
+    from snatd import saving
+    from snatd.kernel.restore import check_restore, save_tables
+    from snatd.node import open_edges, require_permission
+
+    settings = config.load(options.config)
+    require_permission()
+    tools = Tools()
+    dump = partial(save_tables, tools=tools) if options.full else None
+    dry_run = options.dry_run or settings.mode == "observe"
+    if dry_run and not options.dry_run:
+        _warn('mode is "observe": nothing was written; this is what would be')
+    edges = open_edges(settings, tools)
+    answer = saving.save(
+        settings,
+        edges.read_node(_deadline()),
+        partial(check_restore, tools=tools),
+        dump,
+        write=not dry_run,
+        dynamic=not options.without_dynamic,
+    )
+    return _answer(options, answer)
 
 
 def _flows(options: argparse.Namespace) -> int:

@@ -41,10 +41,10 @@ class Config:
     log_format: str = "auto"
     guard: str = "auto"
     masquerade_marks: tuple[int, ...] = (0x4000, 0x2000)
-    # Known, and checked, from now on; what they switch comes with the features they belong to.
     stale_flows: str = "report"
     probe: str = "repair"
     saved_rules: str = "auto"
+    # Known, and checked, from now on; what it switches comes with the feature it belongs to.
     metrics_textfile: Path | None = None
 
     @property

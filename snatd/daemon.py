@@ -30,9 +30,11 @@ from snatd.host import journal, status
 from snatd.host.instance import Instance
 from snatd.host.notify import Notifier
 from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Writer
+from snatd.kernel.restore import check_restore
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
 from snatd.reconcile import Pass, look, reconcile
+from snatd.saving import Saving
 
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
 _PASS_S = 20.0
@@ -69,6 +71,7 @@ class Daemon:
         self._writers: dict[Writer, None] = {}
         self._told: dict[str, Any] = {}
         self._evidence = self._gather()
+        self._saving = self._look_after_files()
         self._facts = Facts()
 
     def run(self) -> int:
@@ -107,6 +110,9 @@ class Daemon:
     def _gather(self) -> Evidence:
         return Evidence(self._settings, self._tools, self._selector, self._say)
 
+    def _look_after_files(self) -> Saving:
+        return Saving(self._settings, partial(check_restore, tools=self._tools), self._say)
+
     def _open_watch(self) -> None:
         # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
         from snatd.host.watch import FileWatch
@@ -137,6 +143,8 @@ class Daemon:
             waits.append(now_s + self._notifier.watchdog_s / 4)
         if (evidence_s := self._evidence.waits_until_s()) is not None:
             waits.append(evidence_s)
+        if self._saving.due_s is not None:
+            waits.append(self._saving.due_s)
         news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
         if self._poll.due_s is not None and now_s >= self._poll.due_s:
@@ -144,7 +152,7 @@ class Daemon:
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
             self._pass(_PASS_S)
-        elif self._evidence.turn(now_s) or any(news):
+        elif self._saving.turn(now_s) or self._evidence.turn(now_s) or any(news):
             self._publish()
         self._notifier.alive(time.monotonic())
 
@@ -207,6 +215,7 @@ class Daemon:
             self._told.clear()
             self._evidence.close()
             self._evidence = self._gather()
+            self._saving = self._look_after_files()
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
@@ -256,12 +265,14 @@ class Daemon:
         if self._notifier.watchdog_s is not None:
             share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
             self._evidence.look_limit_s = min(self._evidence.look_limit_s, share_s)
+            self._saving.look_limit_s = min(self._saving.look_limit_s, share_s)
         cause = Cause.RESYNC
         if done.applied or not {"start", "reload"}.isdisjoint(triggers):
             cause = Cause.CHANGED
         elif not {NftEar.source, LegacyPoll.source, "xtables_lock"}.isdisjoint(triggers):
             cause = Cause.HEARD
         self._evidence.passed(done.view.node, done.view.leased, now_s, cause)
+        self._saving.passed(done.view, now_s)
 
     def _listen_to_bridge(self, done: Pass) -> None:
         links = done.view.node.links if done.view.node else ()
@@ -368,7 +379,8 @@ class Daemon:
 
     def _publish(self) -> None:
         try:
-            self._facts.evidence = self._evidence.document()
+            saved_rules = {"saved_rules": self._saving.document()}
+            self._facts.evidence = self._evidence.document() | saved_rules
             status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
         except OSError as error:
             self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")

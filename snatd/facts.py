@@ -61,6 +61,9 @@ class Facts:
             line = f"degraded: the rules are in sync, but {wrong}"
         elif proved_at := self.evidence.get("proof", {}).get("proved_at"):
             line += f"; proved at {proved_at[11:19]} UTC"
+        for one in self.evidence.get("saved_rules", ()):
+            if one["state"] in ("left alone", "not written"):
+                line += report.plain(f"; saved rules {one['path']} {one['state']}")
         if self.fighting:
             line = (
                 f"fighting with {self.fighting}, which undoes each repair; at the last look {line}"

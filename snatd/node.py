@@ -10,9 +10,8 @@ from snatd.core.deadline import Deadline
 from snatd.core.errors import NotPermitted
 from snatd.core.model import Backend, Lease, Network, NodeState
 from snatd.core.plan import Transaction
-from snatd.core.revert import remember
 from snatd.host.flannel import read_lease
-from snatd.host.memory import MemoryDamaged, MemoryFile
+from snatd.host.memory import MemoryFile
 from snatd.kernel.backends import all_tables, iptables_is
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.tools import Tools
@@ -47,22 +46,7 @@ def open_edges(
     memory_file = MemoryFile(config.state_dir)
 
     def keep(transaction: Transaction, subnet: Network | None) -> None:
-        if subnet is None or transaction.backend is Backend.GUARD:
-            return
-        key = (transaction.family, transaction.backend, subnet)
-        try:
-            try:
-                memories = memory_file.load()
-            except MemoryDamaged as error:
-                complain(f"{error}: begun anew")
-                memories = {}
-            memory = remember(transaction, subnet, memories.get(key))
-            if memories.pop(key, None) != memory:
-                memory_file.store({**memories, key: memory})
-        except OSError as error:
-            complain(
-                f"state_dir: {memory_file.path} cannot be kept: {error.strerror}: "
-                "`snatd revert` will not know what was there before"
-            )
+        if subnet is not None and transaction.backend is not Backend.GUARD:
+            memory_file.keep(transaction, subnet, complain)
 
     return Edges(read_node, all_tables(tools, lock, config.policy.backend), keep)

@@ -213,6 +213,10 @@ def _evidence_rows(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield f"{one['family']} flows", f"{since}; {one['stale']} wrong, {one['deleted']} deleted"
 
 
+def _because(why: str) -> str:
+    return f": {why}" if why else ""
+
+
 def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
     """What `snatd status` prints of the daemon's word."""
     rows: list[tuple[str, str]] = [("", f"{document['status']}")]
@@ -233,6 +237,8 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]
     rows += _evidence_rows(document)
+    for one in document.get("saved_rules", ()):
+        rows.append(("saved rules", f"{one['path']}: {one['state']}{_because(one['why'])}"))
     repair = document["last_repair"]
     by = f", after {join(repair['writers'])}" if repair and repair["writers"] else ""
     last = f", last {repair['at']}{by}" if repair else ""

@@ -2,30 +2,117 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from snatd.core.errors import SnatdError
 
-def write_whole(path: Path, content: bytes, mode: int = 0o644, *, durable: bool = False) -> None:
+# The kernel computes these from the content.
+_NOT_COPIED = ("security.ima", "security.evm")
+
+
+class FileRefused(SnatdError):
+    """Not a file that snatd reads, and why."""
+
+
+class FileChanged(SnatdError):
+    """Somebody wrote a file between its read and its replacement; it was not replaced."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A file as it was read: to be replaced by one of the same owner, mode, label and attributes,
+    if it is still that one. `path` has no symlinks."""
+
+    path: Path
+    content: bytes
+    status: os.stat_result
+    attributes: tuple[tuple[str, bytes], ...] = ()
+
+    def is_still_there(self) -> bool:
+        """Whether nobody wrote, replaced or removed it since. Raises OSError."""
+        try:
+            return _identity(os.lstat(self.path)) == _identity(self.status)
+        except FileNotFoundError:
+            return False
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, *times)
+
+
+def open_regular(path: Path) -> int | None:
+    """A descriptor to read from, None where there is something else than a regular file.
+
+    Never blocks: O_NONBLOCK opens a FIFO at once instead of waiting for a writer. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def read_original(path: Path, largest_bytes: int) -> Original:
+    """A file behind whatever symlinks. Raises OSError, FileRefused."""
+    real = Path(os.path.realpath(path))
+    descriptor = open_regular(real)
+    if descriptor is None:
+        raise FileRefused("not a regular file")
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        content = file.read(largest_bytes + 1)
+        if len(content) > largest_bytes:
+            raise FileRefused(f"larger than {largest_bytes >> 20} MiB")
+        return Original(real, content, status, _attributes(descriptor))
+
+
+def _attributes(descriptor: int) -> tuple[tuple[str, bytes], ...]:
+    try:
+        names = [name for name in os.listxattr(descriptor) if name not in _NOT_COPIED]
+        return tuple((name, os.getxattr(descriptor, name)) for name in names)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        return ()
+
+
+def write_whole(
+    path: Path,
+    content: bytes,
+    mode: int = 0o644,
+    *,
+    durable: bool = False,
+    like: Original | None = None,
+) -> None:
     """Replaces a file by rename. Raises OSError and leaves the old one where it cannot.
 
     `durable` also waits for the disk (fsync of file and directory), for what must outlive a power
-    cut. A symlink at the path is replaced, not followed.
+    cut. A symlink at the path is replaced, not followed. `like`: with its owner, mode and
+    attributes. If the path is that file's own, it is replaced only if it is still as it was read,
+    else FileChanged is raised; if it is another, a file that is there already stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(FileNotFoundError):
         temporary.unlink()
-    descriptor = os.open(temporary, flags, mode)
+    descriptor = os.open(temporary, flags, 0o600 if like else mode)
     try:
         with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
+            if like is None:
+                os.fchmod(descriptor, mode)
+            else:
+                _dress(descriptor, like)
             file.write(content)
             if durable:
                 file.flush()
                 os.fsync(descriptor)
-        os.rename(temporary, path)
+        _put(temporary, path, like)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -36,3 +123,40 @@ def write_whole(path: Path, content: bytes, mode: int = 0o644, *, durable: bool 
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _put(temporary: Path, path: Path, like: Original | None) -> None:
+    if like is not None and path != like.path:
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+        return
+    if like is not None and not like.is_still_there():
+        raise FileChanged("another program wrote it at the same moment")
+    os.rename(temporary, path)
+
+
+def _dress(descriptor: int, like: Original) -> None:
+    """Owner, mode and attributes, each only where it differs: a service may not be allowed to set
+    what is right already."""
+    is_now = os.fstat(descriptor)
+    if (is_now.st_uid, is_now.st_gid) != (like.status.st_uid, like.status.st_gid):
+        os.fchown(descriptor, like.status.st_uid, like.status.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(like.status.st_mode))
+    given = dict(_attributes(descriptor))
+    for name, value in like.attributes:
+        if given.get(name) != value:
+            os.setxattr(descriptor, name, value)
+
+
+def sweep(path: Path) -> None:
+    """Removes what a killed process left beside a file. Raises OSError."""
+    prefix = _temporary_prefix(path)
+    for name in os.listdir(path.parent):
+        pid = name.removeprefix(prefix)
+        if name.startswith(prefix) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}.snatd-"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from pathlib import Path
 
 from snatd.core.errors import LeaseError
@@ -21,6 +20,7 @@ from snatd.core.model import (
     Network,
 )
 from snatd.core.networks import contains, interface, network
+from snatd.host.files import open_regular
 
 LARGEST_FILE_BYTES = 64 * 1024
 
@@ -48,11 +48,10 @@ _WHY: dict[type[OSError], str] = {
 
 
 def _read(path: Path) -> str:
-    # O_NONBLOCK: opening a FIFO for reading returns at once instead of waiting for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    descriptor = open_regular(path)
+    if descriptor is None:
+        raise LeaseError("not a regular file: remove it and restart flanneld")
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise LeaseError("not a regular file: remove it and restart flanneld")
         # A regular file gives all that it has in one read.
         content = os.read(descriptor, LARGEST_FILE_BYTES + 1)
     finally:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from snatd.core.errors import SnatdError
 from snatd.core.model import Backend, Family, Network
-from snatd.core.revert import Memory
+from snatd.core.plan import Transaction
+from snatd.core.revert import Memory, remember
 from snatd.host.files import write_whole
 
 SCHEMA = 1
@@ -25,10 +27,11 @@ class MemoryDamaged(SnatdError):
 
 
 class MemoryFile:
-    """replaced.json: one memory per family, backend and subnet, the newest last."""
+    """replaced.json: one memory per family, backend and subnet, the newest last. There is one of
+    the kernel's rules, and another of the saved rules files."""
 
-    def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / "replaced.json"
+    def __init__(self, state_dir: Path, name: str = "replaced.json") -> None:
+        self.path = state_dir / name
 
     def load(self) -> dict[Key, Memory]:
         """All memories; empty where there is no file. Raises OSError, MemoryDamaged."""
@@ -60,6 +63,26 @@ class MemoryFile:
         document = {"schema": SCHEMA, "replaced": entries}
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(document, indent=1).encode() + b"\n", 0o600, durable=True)
+
+    def keep(
+        self, transaction: Transaction, subnet: Network, complain: Callable[[str], None]
+    ) -> None:
+        """Remembers what a transaction replaces. `complain` hears where that cannot be kept."""
+        key = (transaction.family, transaction.backend, subnet)
+        try:
+            try:
+                memories = self.load()
+            except MemoryDamaged as error:
+                complain(f"{error}: begun anew")
+                memories = {}
+            memory = remember(transaction, subnet, memories.get(key))
+            if memories.pop(key, None) != memory:
+                self.store({**memories, key: memory})
+        except OSError as error:
+            complain(
+                f"state_dir: {self.path} cannot be kept: {error.strerror}: "
+                "`snatd revert` will not know what was there before"
+            )
 
     def forget(self) -> None:
         """Removes the file. Raises OSError."""

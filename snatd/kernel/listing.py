@@ -18,7 +18,7 @@ Parsed = TypeVar("Parsed")
 # A listing is one snapshot of the kernel's and needs no lock. iptables-legacy takes it all the
 # same, so its lock is pointed elsewhere: a rival who holds the true one cannot keep us from
 # looking, and our look does not wake those who watch that file, us among them.
-_NO_LOCK = {"XTABLES_LOCKFILE": "/dev/null"}
+NO_LOCK = {"XTABLES_LOCKFILE": "/dev/null"}
 
 
 def read_ruleset(
@@ -83,7 +83,7 @@ def _list(
 def _trusted(
     argv: list[str], tools: Tools, deadline: Deadline, parser: Callable[[str], Parsed]
 ) -> Parsed:
-    output = tools.run(argv, deadline, environment=_NO_LOCK)
+    output = tools.run(argv, deadline, environment=NO_LOCK)
     try:
         return parser(output)
     except RuleError as error:

@@ -66,6 +66,14 @@ def _is_listed(layout: _Layout) -> bool:
     return b"nat" in Path(layout.names).read_bytes().split()
 
 
+def listed_tables(family: Family) -> frozenset[str]:
+    """The legacy tables of this network namespace, in use or not."""
+    try:
+        return frozenset(Path(_LAYOUTS[family].names).read_text().split())
+    except OSError:
+        return frozenset()
+
+
 def digest(family: Family) -> bytes:
     """A fingerprint of the legacy nat table without its counters; empty where it is not in use.
 

@@ -56,7 +56,7 @@ def test_a_symlink_is_replaced_and_not_followed(tmp_path: Path) -> None:
 def test_what_a_killed_process_of_the_same_pid_left_is_no_obstacle(tmp_path: Path) -> None:
     target, path = tmp_path / "target", tmp_path / "file"
     target.write_bytes(b"precious")
-    (tmp_path / f".file.{os.getpid()}").symlink_to(target)
+    (tmp_path / f".file.snatd-{os.getpid()}").symlink_to(target)
     write_whole(path, b"new")
     assert (target.read_bytes(), path.read_bytes()) == (b"precious", b"new")
     assert names(tmp_path) == ["file", "target"]
