@@ -232,6 +232,11 @@ class Daemon:
             done = Pass(look(self._edges, policy, deadline))
         else:
             done = reconcile(self._edges, policy, deadline)
+        if done.applied:
+            # Who wrote may have been heard only while this pass was on its way.
+            for ear in tuple(self._ears):
+                self._listen(ear)
+            writers |= self._writers
         ended_s = time.monotonic()
         was_fighting = self._schedule.fighting
         self._schedule = self._schedule.passed(

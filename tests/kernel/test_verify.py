@@ -72,8 +72,10 @@ def test_broad_then_narrowed(lab: Lab, node: Node, snatd: Snatd, tmp_path: Path)
         "seen_as": node.address,
         "kept": False,
         "inside": True,
-        "why": None,
+        "why": one["why"],
     }
+    # What `explain` says of the datagram.
+    assert one["why"].startswith(f"{FIRST} sees {node.address} (Docker, ")
     assert discard.sender() == node.address
     applied(node, tmp_path)
     (one,) = verified(snatd, exit_code=0)
