@@ -25,15 +25,16 @@ _LABELS = tuple(
 
 @dataclass(frozen=True)
 class DeviceAddress:
-    """An address in the kernel's order. `network` is the peer's on a point-to-point link, so
-    `prefix` may not hold `address`. `universal`: of a scope that is good beyond the link;
-    `second_choice`: secondary (IPv4), or deprecated, temporary, optimistic (IPv6)."""
+    """An address, where the kernel's own order has it. `prefix`: of the peer on a point-to-point
+    link. `universal`: of a scope that is good beyond the link. `second_choice`: secondary (IPv4);
+    deprecated or optimistic (IPv6). `temporary`: of IPv6's privacy extensions."""
 
     device: str
     address: Address
     prefix: Interface
     universal: bool = True
     second_choice: bool = False
+    temporary: bool = False
 
 
 def masquerade_addresses(
@@ -49,6 +50,8 @@ def masquerade_addresses(
     there = [one for one in usable if one.device == out]
     if family is Family.V4:
         return _inet_select_addr(there, usable, next_hop)
+    if not there and len({one.device for one in usable}) > 1:
+        return _each(usable)  # in the order of devices, which is not shown
     return _ipv6_get_saddr(there or usable, destination)
 
 
@@ -71,17 +74,15 @@ def _inet_select_addr(
 
 
 def _ipv6_get_saddr(some: Sequence[DeviceAddress], destination: Address) -> tuple[Address, ...]:
-    """net/ipv6/addrconf.c, rules 3 to 8, but for what an operator may have changed (labels,
-    preferences): where those would decide all remain."""
-    first = [one for one in some if not one.second_choice]
-    if not first or len({_label(one.address) for one in first}) > 1:
-        return _each(some)
-    bits = {
-        one: min(_common_bits(one.address, destination), one.prefix.network.prefixlen)
-        for one in first
-    }
-    most = max(bits.values())
-    return _each(one for one in first if bits[one] == most)
+    """net/ipv6/addrconf.c, rules 3, 5 and 8, and of equals the first. Where a setting decides that
+    is not read here (addrlabel, use_tempaddr), all remain."""
+    first = [one for one in some if not one.second_choice] or list(some)
+    if len({(_label(one.address), one.temporary) for one in first}) > 1:
+        return _each(first)
+    bits = [
+        min(_common_bits(one.address, destination), one.prefix.network.prefixlen) for one in first
+    ]
+    return (first[bits.index(max(bits))].address,) if first else ()
 
 
 def _label(address: Address) -> int:

@@ -296,8 +296,7 @@ def rewritten(
         case Masquerade():
             return masquerade
         case Snat(to):
-            # Of a range only its ends are named: it may hold 2^64.
-            return None if to is None else tuple(map(packet.address, sorted(set(to))))
+            return (packet.address(to[0]),) if to and to[0] == to[1] else None
         case Netmap(network) if source:
             host = int(source) & int(network.hostmask)
             return (ip_address(int(network.network_address) | host),)
