@@ -151,7 +151,7 @@ class OfType:
 
 
 @dataclass(frozen=True)
-class Test:
+class Check:
     """`what` may also be plainly true or false; None cannot be decided. `text` is the rule's."""
 
     text: str
@@ -159,7 +159,7 @@ class Test:
     negated: bool = False
 
 
-def holds(test: Test, packet: Packet, mark: Mark) -> bool | None:
+def holds(test: Check, packet: Packet, mark: Mark) -> bool | None:
     found = _found(test.what, packet, mark)
     return found if found is None else found != test.negated
 
@@ -268,7 +268,7 @@ class Step:
 
     number: int
     text: str
-    parts: tuple[Test | Action, ...]
+    parts: tuple[Check | Action, ...]
 
 
 @dataclass(frozen=True)

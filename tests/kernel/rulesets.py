@@ -440,7 +440,8 @@ def _native_verdict(
             return "meta mark set 0x4000 meta mark 0x4000 masquerade"
         case 10:
             return "drop" if random.random() < 0.2 else "counter"
-        case 11:
+        case 11 if random.random() < 0.3:
+            ruleset.undecidable = True
             return f"snat {ip} prefix to {ip} saddr map {{ {world.subnet} : {world.netmap[0]} }}"
         case 12 if random.random() < 0.3:
             ruleset.undecidable = True

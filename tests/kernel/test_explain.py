@@ -18,6 +18,7 @@ import pytest
 
 from snatd.core.deadline import Deadline
 from snatd.core.model import Family
+from snatd.core.trace import Answer
 from snatd.explain import Explanation, Question, explain, lines
 from snatd.kernel.hooks import Hooks, read_hooks
 from snatd.kernel.tools import Tools
@@ -130,28 +131,21 @@ def told(source: str, destination: str, port: int, sport: int, hooks: Hooks) -> 
 def disagreement(explanation: Explanation, seen: str | None, ruleset: Ruleset) -> str | None:
     """What is wrong with an explanation, in view of what was seen."""
     answer = explanation.trace.answer
-    if answer is None:
-        if not ruleset.may:
-            return "says may without a reason"
-        possible = [
-            one
-            for one in explanation.trace.answers
-            if (seen is None and one.dropped)
-            or (
-                seen is not None
-                and not one.dropped
-                and (one.sources is None or ipaddress.ip_address(seen) in one.sources)
-            )
-        ]
-        return None if possible else "is not among what it may be"
-    if answer.dropped:
-        return None if seen is None else "says dropped"
-    (source,) = answer.sources or (None,)
-    if source == explanation.question.destination:
-        return None  # nobody takes a packet from himself
-    if seen is None or ipaddress.ip_address(seen) != source:
-        return f"says {source}"
+    if answer is None and not ruleset.may:
+        return "says may without a reason"
+    if not any(_agrees(one, seen, explanation) for one in explanation.trace.answers):
+        return "says otherwise"
     return None
+
+
+def _agrees(answer: Answer, seen: str | None, explanation: Explanation) -> bool:
+    if answer.dropped:
+        return seen is None
+    if answer.sources is None:
+        return True
+    # Nobody takes a packet that comes from himself.
+    mine = explanation.question.destination in answer.sources
+    return mine if seen is None else ipaddress.ip_address(seen) in answer.sources
 
 
 @pytest.mark.parametrize("world", [V4, V6], ids=["ipv4", "ipv6"])
