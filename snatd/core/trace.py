@@ -279,7 +279,9 @@ class _Walk:
     def effect(self, chain: str, mark: Mark) -> _Effect:
         key = (chain, mark)
         if key not in self.known:
-            if chain not in self.hook.chains or len(self.open) > _DEEPEST:
+            # The kernel has no loops; a table that changed while it was read may seem to.
+            deep = len(self.open) > _DEEPEST or chain in self.open
+            if deep or chain not in self.hook.chains:
                 unread = f"chain {chain}, which could not be read"
                 return _Effect(_anything(Place(self.hook.table, chain, Step(0, unread, ())), mark))
             self.open.append(chain)
@@ -404,6 +406,8 @@ def cluster_packets(
 def rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
     """What can rewrite the source of a class of packets, each rule with what it depends on; empty
     where no rule can."""
+    if not packet.destination:
+        return ()
     return tuple(one for one in trace(hooks, packet).answers if not (one.kept or one.dropped))
 
 

@@ -258,6 +258,8 @@ def _shapes(random: Random, world: World) -> tuple[list[str], dict[str, list[str
                 {"CNI-HOSTPORT-MASQ": ["-m mark --mark 0x2000/0x2000 -j MASQUERADE"]},
             ),
             (["-o eth0 -j MASQUERADE"], {}),
+            ([f"-s {w.subnet} -d {net} -j ACCEPT"], {}),
+            (["-m mark ! --mark 0x4000/0x4000 -j ACCEPT"], {}),
             (
                 ["-g POST_public"],
                 {
@@ -355,6 +357,8 @@ def _native_shapes(world: World) -> tuple[str, ...]:
         "IP saddr @nets masquerade",
         'meta nfproto ipv4 oifname != "lo" masquerade',
         "ct state established,related accept",
+        f"IP saddr {world.subnet} accept",
+        f"IP daddr {world.cluster} return",
     )
 
 
