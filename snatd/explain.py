@@ -84,7 +84,7 @@ def _way(question: Question) -> tuple[str | None, str, Address | None]:
     back = find_route(source)
     came_in = None if back is None else "" if back.local else back.device
     if out is not None:
-        route = find_route(destination, out=out)
+        route = find_route(destination, out=out, mark=question.mark)
         return came_in, out, route.next_hop if route else None
     asked = {"source": source, "came_in": came_in} if came_in is not None else {}
     # Without forwarding the kernel refuses to say where it would forward to.
