@@ -69,6 +69,8 @@ class Ruleset:
 
 
 def generate(random: Random, world: World) -> Ruleset:
+    if random.random() < 0.5:
+        return _small(random, world)
     ruleset = Ruleset()
     backends = random.choice([(), ("nft",), ("nft",), ("legacy",), ("legacy",), ("nft", "legacy")])
     for backend in backends:
@@ -85,6 +87,21 @@ def generate(random: Random, world: World) -> Ruleset:
     if random.random() < 0.25:
         ruleset.nft += _guard(world)
         ruleset.priorities.append(-199)
+    return ruleset
+
+
+def _small(random: Random, world: World) -> Ruleset:
+    """A few rules of one table, none in the shadow of others, and egress for the rest."""
+    ruleset = Ruleset()
+    if random.random() < 0.5:
+        rules = [_rule(random, world, ruleset, []) for _ in range(random.randrange(1, 4))]
+        lines = [f"-A POSTROUTING {rule}" for rule in (*rules, "-j MASQUERADE")]
+        backend = random.choice(("nft", "legacy"))
+        ruleset.xtables[backend] = ["*nat", *lines, "COMMIT", ""]
+        ruleset.priorities.append(100)
+    else:
+        ruleset.nft += _native(random, world, ruleset, random.randrange(5), 3)
+        ruleset.nft.append(f"add rule {ruleset.nft[0].removeprefix('add table ')} post masquerade")
     return ruleset
 
 
@@ -305,7 +322,9 @@ def _xtables(random: Random, world: World, ruleset: Ruleset) -> list[str]:
 _PRIORITIES = (-198, -150, 0, 50, 99, 100, 101, 110, 200)
 
 
-def _native(random: Random, world: World, ruleset: Ruleset, number: int) -> list[str]:
+def _native(
+    random: Random, world: World, ruleset: Ruleset, number: int, most: int = 5
+) -> list[str]:
     family = random.choice((world.ip, "inet"))
     names = ("docker-bridges", "cni_plugins_masquerade", "netavark", "firewalld", "io.systemd.nat")
     table = f"{family} {names[number]}"
@@ -336,7 +355,7 @@ def _native(random: Random, world: World, ruleset: Ruleset, number: int) -> list
         for _ in range(random.randrange(1, 4)):
             rule = _native_rule(random, world, ruleset, chains[at + 1 :], False)
             lines.append(f"add rule {table} {name} {rule}")
-    for _ in range(random.randrange(1, 5)):
+    for _ in range(random.randrange(1, most)):
         rule = (
             random.choice(_native_shapes(world))
             if random.random() < 0.4
@@ -357,6 +376,9 @@ def _native_shapes(world: World) -> tuple[str, ...]:
         "IP saddr @nets masquerade",
         'meta nfproto ipv4 oifname != "lo" masquerade',
         "ct state established,related accept",
+        "ip saddr 0.0.0.0/0 accept",
+        "ip6 daddr ::/0 return",
+        "meta mark set meta mark or 0x2000 meta mark 0x2000 accept",
         f"IP saddr {world.subnet} accept",
         f"IP daddr {world.cluster} return",
     )

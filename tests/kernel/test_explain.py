@@ -27,7 +27,7 @@ from tests.kernel.rulesets import MARK_PORTS, V4, V6, Ruleset, World, generate
 from tests.lab.network import OUTSIDE, Lab, Node
 from tests.lab.process import Snatd
 
-CASES = int(os.environ.get("TRACE_CASES", "2000"))
+CASES = int(os.environ.get("TRACE_CASES", "4000"))
 SEED = int(os.environ.get("TRACE_SEED", "1"))
 _PACKETS_PER_RULESET = 12
 _UDP = socket.IPPROTO_UDP

@@ -180,6 +180,7 @@ def test_an_action_of_nft(text: str, parts: str) -> None:
         {"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": "odd"}},
         {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": [{"|": ["new"]}]}},
         {"match": {"op": "==", "left": "odd", "right": 1}},
+        {"match": {"op": "in", "left": {"meta": {"key": "mark"}}, "right": [0, 1]}},
         {
             "match": {
                 "op": "==",

@@ -328,6 +328,22 @@ def test_chains(rules: str, expected: str) -> None:
     assert verdict(xtables_hook(rules)) == expected
 
 
+@pytest.mark.parametrize(
+    ("option", "before", "after"),
+    [
+        ("--set-xmark 0x4000/0x4000", 0x1, 0x4001),
+        ("--set-xmark 0x4000/0x0", 0x4001, 0x1),
+        ("--set-xmark 0x1/0xffffffff", 0x4000, 0x1),
+        ("--set-xmark 0x0/0x4000", 0x4001, 0x1),
+        ("--set-mark 0x2/0x1", 0x7, 0x6),
+        ("--set-mark 0x2", 0x7, 0x2),
+    ],
+)
+def test_a_mark_as_iptables_sets_it(option: str, before: int, after: int) -> None:
+    rules = f"-j MARK {option}\n-m mark --mark {after:#x} -j MASQUERADE"
+    assert verdict(xtables_hook(rules), of=packet(mark=Mark(before))) == str(NODE)
+
+
 def test_an_accept_does_not_stop_the_next_hook() -> None:
     first = xtables_hook("-j ACCEPT", "ip a", 50)
     mark = xtables_hook("-j MARK --set-xmark 0x1/0x1", "ip b", 60)
