@@ -47,12 +47,9 @@ def masquerade_addresses(
     """What the source may become; empty where the kernel would have nothing and drop the packet.
     `next_hop` is None where the route is not known."""
     usable = [one for one in carried if one.universal]
-    there = [one for one in usable if one.device == out]
     if family is Family.V4:
-        return _inet_select_addr(there, usable, next_hop)
-    if not there and len({one.device for one in usable}) > 1:
-        return _each(usable)  # in the order of devices, which is not shown
-    return _ipv6_get_saddr(there or usable, destination)
+        return _inet_select_addr([one for one in usable if one.device == out], usable, next_hop)
+    return _ipv6_get_saddr(out, usable, destination)
 
 
 def _inet_select_addr(
@@ -73,11 +70,15 @@ def _inet_select_addr(
     return (first["lo"].address,) if "lo" in first else _each(first.values())
 
 
-def _ipv6_get_saddr(some: Sequence[DeviceAddress], destination: Address) -> tuple[Address, ...]:
-    """net/ipv6/addrconf.c, rules 3, 5 and 8, and of equals the first. Where a setting decides that
-    is not read here (addrlabel, use_tempaddr), all remain."""
-    first = [one for one in some if not one.second_choice] or list(some)
-    if len({(_label(one.address), one.temporary) for one in first}) > 1:
+def _ipv6_get_saddr(
+    out: str, usable: Sequence[DeviceAddress], destination: Address
+) -> tuple[Address, ...]:
+    """net/ipv6/addrconf.c, rules 3, 5 and 8 in this order, and of equals the first. Where
+    something decides that is not read here (addrlabel, use_tempaddr, the order of devices), all
+    remain."""
+    first = [one for one in usable if not one.second_choice] or usable
+    first = [one for one in first if one.device == out] or first
+    if len({(one.device, _label(one.address), one.temporary) for one in first}) > 1:
         return _each(first)
     bits = [
         min(_common_bits(one.address, destination), one.prefix.network.prefixlen) for one in first
