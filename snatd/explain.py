@@ -87,7 +87,7 @@ def _way(question: Question) -> tuple[str | None, str, Address | None]:
     if question.own:
         came_in = ""
     if out is not None:
-        route = find_route(destination, out=out)
+        route = find_route(destination, out=out, mark=question.mark)
         return came_in, out, route.next_hop if route else None
     asked = {"source": source, "came_in": came_in} if came_in is not None else {}
     # Without forwarding the kernel refuses to say where it would forward to.
@@ -119,6 +119,8 @@ def lines(told: Explanation) -> Iterator[str]:
             head = f"{'  ' * depth}{place.chain} {place.step.number}{by}: "
             yield f"  {head}{place.step.text}{may}"
     yield from (f"note: {one}" for one in told.hooks.unread)
+    if told.trace.answer is None and None in (question.protocol, question.dport):
+        yield "note: --proto and --dport were not given; a rule that asks for them may decide"
     yield conclusion(told)
 
 
@@ -133,7 +135,7 @@ def conclusion(told: Explanation) -> str:
     other, certain = told.question.destination, told.trace.answer
     if certain is None:
         some = dict.fromkeys(_seen(one) for one in told.trace.answers)
-        why = [f"`{one}`" for one in told.trace.undecided]
+        why = [one if one.startswith("which ") else f"`{one}`" for one in told.trace.undecided]
         depends = f": depends on {join(why)}" if why else ""
         return f"{other} may see {' or '.join(some)}{depends}"
     by = _by(certain.place) if certain.place else "no rule changes it"
@@ -154,8 +156,7 @@ def _by(place: Place) -> str:
     who = writer(place.table, place.chain, place.step.text)
     if place.table.endswith(f" {GUARD_TABLE}"):
         return "guard"
-    rule = f"{place.table} {place.chain} rule {place.step.number}"
-    return f"{who}, {rule}" if who != UNKNOWN else rule
+    return f"{who}, {place}" if who != UNKNOWN else str(place)
 
 
 def document(told: Explanation) -> dict[str, Any]:
