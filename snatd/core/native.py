@@ -207,6 +207,10 @@ class _Compiler:
                 return Within(Field.PROTOCOL, merge(map(_protocol, values)))
             case "meta", {"key": "nfproto" | "protocol"}:
                 return any(_NFPROTO[one] is self.family for one in values)
+            case "meta", {"key": "mark"} if isinstance(values[0], dict):
+                # What nft makes of a mask of the highest bits (1.0.6).
+                ((prefix,),) = [one.values() for one in values]
+                return Marked(ALL_BITS << (32 - prefix["len"]) & ALL_BITS, (prefix["addr"],))
             case "meta", {"key": "mark"}:
                 return Marked(ALL_BITS, tuple(map(_number, values)))
             case "&", [{"meta": {"key": "mark"}}, int(mask)]:

@@ -408,6 +408,8 @@ KUBE = """
         ("0x8000", None, False),
         ("0x8000", ["0x8000"], True),
         ("0x4000", [], False),
+        # nft prints a mask of the highest bits in another way.
+        ("0x80000000", ["0x80000000"], True),
     ],
 )
 def test_a_mark_asks_for_masquerade(
@@ -419,6 +421,9 @@ def test_a_mark_asks_for_masquerade(
     more = {} if marks is None else {"masquerade_marks": marks}
     with Snatd(node.host, tmp_path, **more) as snatd:
         assert snatd.command("apply").returncode == 0
+        check = snatd.json("check")
+    assert check["in_sync"], "nft's own form of the mask is read back"
+    assert check["suspects"][0]["none"]
     seen = seen_by_udp(node.container, neighbour.container_address)
     assert seen == (node.address if masqueraded else node.container_address)
     # Only the marked kind.
