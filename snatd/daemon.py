@@ -23,6 +23,7 @@ from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, ConfigError
 from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
+from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
 from snatd.evidence import Cause, Evidence
 from snatd.facts import Facts, now
@@ -68,7 +69,7 @@ class Daemon:
         self._triggers: Counter[str] = Counter({"start": 1})
         self._writers: dict[Writer, None] = {}
         self._told: dict[str, Any] = {}
-        self._evidence = self._gather()
+        self._evidence = self._gather(Limiter())
         self._facts = Facts()
 
     def run(self) -> int:
@@ -104,8 +105,8 @@ class Daemon:
         self._ears.append(ear)
         self._selector.register(ear, selectors.EVENT_READ, partial(self._listen, ear))
 
-    def _gather(self) -> Evidence:
-        return Evidence(self._settings, self._tools, self._selector, self._say)
+    def _gather(self, limiter: Limiter) -> Evidence:
+        return Evidence(self._settings, self._tools, self._selector, self._say, limiter)
 
     def _open_watch(self) -> None:
         # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
@@ -206,7 +207,7 @@ class Daemon:
             self._schedule = replace(self._schedule, resync_s=new.resync)
             self._told.clear()
             self._evidence.close()
-            self._evidence = self._gather()
+            self._evidence = self._gather(self._evidence.limiter)
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
@@ -245,6 +246,8 @@ class Daemon:
             failed=bool(done.view.problems),
             jitter=random.random(),
         )
+        if self._triggers:  # heard during the pass, perhaps after its last look
+            self._schedule = self._schedule.event()
         if any(one.backend is Backend.LEGACY for one in done.applied):
             # The digest that the poll compares with is older than our own write. A look after the
             # next `rebase` makes sure that nobody came between the two.

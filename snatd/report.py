@@ -9,6 +9,7 @@ from typing import Any
 from snatd.core.errors import BackendBusy
 from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count, join
 from snatd.core.plan import Transaction
+from snatd.core.proof import Probe
 from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
 
@@ -168,6 +169,18 @@ def transaction_document(transaction: Transaction) -> dict[str, Any]:
         "reasons": [
             {"change": reason.change.value, "why": reason.why} for reason in transaction.reasons
         ],
+    }
+
+
+def probe_document(one: Probe) -> dict[str, Any]:
+    """A probe as JSON."""
+    return {
+        "dst": str(one.destination),
+        "sent_from": None if one.sent_from is None else str(one.sent_from),
+        "seen_as": None if one.seen_as is None else str(one.seen_as),
+        "kept": one.kept,
+        "inside": one.inside,
+        "why": one.why or None,
     }
 
 

@@ -16,16 +16,18 @@ from snatd.core.model import join
 from snatd.core.packet import Hook, address_types
 from snatd.core.trace import Answer, before_guard, cluster_packets, rewriters
 from snatd.core.writers import UNKNOWN, writer
-from snatd.kernel.hooks import read_hooks
+from snatd.kernel.hooks import Hooks, read_hooks
 from snatd.kernel.tools import Tools
 
 
 @dataclass(frozen=True)
 class Suspects:
     """`rules`: each that could, with what it depends on. `earlier`: nat chains of other programs
-    that are asked before the guard. `unknown`: what could not be looked at, and why."""
+    that are asked before the guard. `unknown`: what could not be looked at, and why. `hooks`: all
+    that was read, None where nothing could be."""
 
     desired: Desired
+    hooks: Hooks | None = None
     rules: tuple[Answer, ...] = ()
     earlier: tuple[Hook, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -53,7 +55,9 @@ def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -
     except BackendError as error:
         return Suspects(desired, unknown=(str(error),))
     packets = cluster_packets(desired, marks, address_types(desired.family, local, broadcast))
-    return Suspects(desired, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread)
+    return Suspects(
+        desired, read, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread
+    )
 
 
 def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ def _rule(answer: Answer) -> str:
     who = writer(place.table, place.chain, place.step.text)
     by = "" if who == UNKNOWN else f" (written by {who})"
     where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
-    return f"{place}{by}{where}"
+    return f"{place}{by}: {place.step.text}{where}"
 
 
 def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:
