@@ -308,6 +308,7 @@ class Daemon:
             self._log.info("fight_ended", repairs=self._facts.repairs, writer=self._facts.fighting)
             self._facts.fighting = None
         if self._schedule.fighting and was_fighting:
+            self._facts.fighting = names or self._facts.fighting
             return
         # A quick rival undoes a write before it is read back: one repair to a reader.
         for one in dict.fromkeys(applied):

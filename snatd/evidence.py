@@ -24,7 +24,7 @@ from snatd.core.desired import Desired
 from snatd.core.errors import BackendError, BackendFailed
 from snatd.core.flows import Ids
 from snatd.core.model import Address, Family, NodeState, count
-from snatd.core.proof import Limiter, Probe
+from snatd.core.proof import INTERVAL_S, Limiter, Probe
 from snatd.facts import now
 from snatd.kernel.hooks import Hooks
 from snatd.kernel.tools import Tools
@@ -93,6 +93,8 @@ class Evidence:
     _leased: tuple[Desired, ...] = ()
     _cause: Cause = Cause.RESYNC
     _unproved: bool = True
+    _owed: bool = False
+    """Whether a neighbour could not be asked because he was a moment ago."""
     _free_s: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(Cause, 0.0))
     _todo: deque[Desired] = field(default_factory=deque)
     _sweep: Sweep | None = None
@@ -139,6 +141,8 @@ class Evidence:
         began_s = time.monotonic()
         self._look(began_s, changed=cause is Cause.CHANGED)
         self._pace(began_s)
+        if self._owed and self._unproved:
+            self.due_s = began_s + INTERVAL_S
         return True
 
     def _pace(self, began_s: float) -> None:
@@ -173,7 +177,10 @@ class Evidence:
         def allowed(neighbours: tuple[Address, ...]) -> tuple[Address, ...]:
             there.update(neighbours)
             self.limiter, some = self.limiter.allow(neighbours, now_s)
+            self._owed = self._owed or len(some) < len(neighbours)
             return some
+
+        self._owed = False
 
         for one in self._leased:
             assert self._node is not None

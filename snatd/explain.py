@@ -5,9 +5,10 @@ Writes nothing. The decision itself is `core.trace`.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from snatd.kernel.links import find_route, read_sources
 
 # Lines of one hook's way that anybody would read.
 _MOST_LINES = 200
+_ASKS_PORTS = re.compile(r"-p |port|l4proto|\b(tcp|udp|sctp)\b")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def explain(question: Question, read: Callable[[Family], Hooks]) -> Explanation:
         types=address_types(family, local, broadcast),
     )
     masquerade = masquerade_addresses(family, out, question.destination, next_hop, carried)
-    return Explanation(question, out, next_hop, hooks, trace(hooks.hooks, packet, masquerade))
+    traced = trace(hooks.hooks, packet, masquerade)
+    if hooks.unread:
+        anything = Answer(None, None, why=hooks.unread)
+        traced = replace(traced, answers=(*traced.answers, anything))
+    return Explanation(question, out, next_hop, hooks, traced)
 
 
 def _way(question: Question) -> tuple[str | None, str, Address | None]:
@@ -119,7 +125,8 @@ def lines(told: Explanation) -> Iterator[str]:
             head = f"{'  ' * depth}{place.chain} {place.step.number}{by}: "
             yield f"  {head}{place.step.text}{may}"
     yield from (f"note: {one}" for one in told.hooks.unread)
-    if told.trace.answer is None and None in (question.protocol, question.dport):
+    unsaid = None in (question.protocol, question.dport)
+    if unsaid and any(_ASKS_PORTS.search(why) for why in told.trace.undecided):
         yield "note: --proto and --dport were not given; a rule that asks for them may decide"
     yield conclusion(told)
 

@@ -152,11 +152,13 @@ def _guard(family: Family, view: View) -> dict[str, Any]:
         for one in (*view.problems, *view.unguarded)
         if one.family is family and one.backend is Backend.GUARD
     ]
+    in_place = bool(rules) and not planned
+    why_not = failing[0] if failing else "to be written" if planned else "off"
     return {
         "family": family.value,
-        "in_place": bool(rules) and not planned,
+        "in_place": in_place,
         "connections": sum(counters) if rules else None,
-        "why_not": failing[0] if failing else None,
+        "why_not": None if in_place else why_not,
     }
 
 
@@ -202,11 +204,11 @@ def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tu
 def _evidence_rows(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for one in document["suspects"]:
         if one["none"]:
-            yield f"{one['family']} rules", "none on this node can SNAT cluster traffic"
+            yield f"{one['family']} rules", "none on this node can SNAT unmarked cluster traffic"
         for rule in one["rules"]:
             yield f"{one['family']} rules", f"can SNAT cluster traffic: {rule}"
         for hook in one["before_guard"]:
-            yield "", f"asked before the guard: nat chain {hook}"
+            yield "", f"asked before the guard, or may be: nat chain {hook}"
         for why in one["unknown"]:
             yield f"{one['family']} rules", f"not known whether one can SNAT cluster traffic: {why}"
     proof = document["proof"]
@@ -239,9 +241,9 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
         rows += [("", rule) for rule in one["ours"]]
     for one in document["guard"]:
-        says = f"in place; {count(one['connections'] or 0, 'connection')} kept their address by it"
+        says = f"in place, kept the address of {count(one['connections'] or 0, 'connection')}"
         if not one["in_place"]:
-            says = f"not in place: {one['why_not'] or 'off, or not written yet'}"
+            says = f"not in place: {one['why_not']}"
         rows.append((f"{one['family']} guard", says))
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]

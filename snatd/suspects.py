@@ -72,7 +72,7 @@ def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
             for why in one.unknown
         ),
         *(
-            f"no rule on this node can SNAT cluster traffic from {one.desired.subnet}"
+            f"no rule on this node can SNAT unmarked cluster traffic from {one.desired.subnet}"
             for one in found
             if one.none
         ),
@@ -90,7 +90,11 @@ def rule_lines(found: Iterable[Suspects]) -> list[str]:
 
 def earlier_lines(found: Iterable[Suspects]) -> list[str]:
     """The nat chains that come before the guard; of a table for both families once."""
-    hooks = [f"asked before the guard: nat chain {hook}" for one in found for hook in one.earlier]
+    hooks = [
+        f"asked before the guard, or may be: nat chain {hook}"
+        for one in found
+        for hook in one.earlier
+    ]
     return list(dict.fromkeys(hooks))
 
 

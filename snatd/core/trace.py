@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, permutations
 
 from snatd.core.desired import Desired
@@ -34,6 +34,7 @@ from snatd.core.packet import (
     Verdict,
     addresses,
     holds,
+    merge,
     rewritten,
 )
 
@@ -389,24 +390,39 @@ def _widened(live: dict[Mark, Why]) -> dict[Mark, Why]:
 
 def cluster_packets(
     wanted: Desired, marks: int, types: tuple[tuple[str, Ranges], ...] = ()
-) -> Packet:
-    """The class that promise 1 is about: from our subnet into the networks and not into itself,
-    without the marks that ask for masquerade. All else is unknown."""
-    return Packet(
-        family=wanted.family,
-        source=addresses((wanted.subnet,)),
-        destination=addresses(subtract(wanted.networks, wanted.subnet)),
-        not_out=(wanted.bridge,) if isinstance(wanted.bridge, str) else (),
-        mark=Mark(0, marks),
-        types=types,
+) -> tuple[Packet, ...]:
+    """The classes that promise 1 is about: from our subnet into the networks and not into itself,
+    without the marks that ask for masquerade. All else is unknown.
+
+    One for each prefix: several rules may share the work, and of none of them alone would it be
+    certain that it holds for all.
+    """
+    return tuple(
+        Packet(
+            family=wanted.family,
+            source=addresses((wanted.subnet,)),
+            destination=addresses((network,)),
+            not_out=(wanted.bridge,) if isinstance(wanted.bridge, str) else (),
+            mark=Mark(0, marks),
+            types=types,
+        )
+        for network in subtract(wanted.networks, wanted.subnet)
     )
 
 
-def rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
-    """What can rewrite the source of a class of packets, each rule with what it depends on; empty
-    where no rule can."""
-    if not packet.destination:
+def rewriters(hooks: Sequence[Hook], packets: Sequence[Packet]) -> tuple[Answer, ...]:
+    """What can rewrite the source of some classes of packets that differ in their destination: each
+    rule with what it depends on; empty where no rule can."""
+    if not packets:
         return ()
+    together = merge(pair for one in packets for pair in one.destination)
+    if not _rewriters(hooks, replace(packets[0], destination=together)):
+        return ()  # which is so on most nodes, and one walk instead of many
+    found = [answer for one in packets for answer in _rewriters(hooks, one)]
+    return tuple({answer.place: answer for answer in reversed(found)}.values())[::-1]
+
+
+def _rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
     return tuple(one for one in trace(hooks, packet).answers if not (one.kept or one.dropped))
 
 

@@ -26,6 +26,7 @@ from snatd.kernel.tools import Tools
 from tests.kernel.rulesets import MARK_PORTS, V4, V6, Ruleset, World, generate
 from tests.lab.network import OUTSIDE, Lab, Node
 from tests.lab.process import Snatd
+from tests.lab.who import seen_by_udp
 
 CASES = int(os.environ.get("TRACE_CASES", "4000"))
 SEED = int(os.environ.get("TRACE_SEED", "1"))
@@ -226,6 +227,33 @@ def test_without_nft_only_what_iptables_knows(nft_lab: Lab) -> None:
     ]
     assert "nft is not installed" in found.unread[0]
     assert sorted(one.table for one in hooks_of(node).hooks) == ["ip nat", "ip x"]
+    # What else there is might keep the address, or hide it: the wire says what explain may not.
+    with node.host.entered():
+        told = explain(
+            Question(
+                ipaddress.ip_address(node.container_address), ipaddress.ip_address("172.7.22.2")
+            ),
+            lambda _: found,
+        )
+    assert told.trace.answer is None
+    assert (
+        "may see 10.4.7.21 or another address: depends on `nft is not installed"
+        in [*lines(told)][-1]
+    )
+
+
+def test_a_dormant_table_is_not_asked(nft_lab: Lab) -> None:
+    node, neighbour = nft_lab.nodes
+    node.host.shell(
+        "nft add table ip x '{ flags dormant; }';"
+        "nft add chain ip x post '{ type nat hook postrouting priority 0; }';"
+        "nft add rule ip x post masquerade"
+    )
+    assert hooks_of(node).hooks == ()
+    assert seen_by_udp(node.container, neighbour.container_address) == node.container_address
+    node.host.shell("nft add table ip x")
+    assert [one.table for one in hooks_of(node).hooks] == ["ip x"]
+    assert seen_by_udp(node.container, neighbour.container_address) == node.address
 
 
 @pytest.mark.parametrize("chains", [3, 60])

@@ -91,7 +91,7 @@ def test_what_it_says(node: Node, snatd: Snatd, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[:2] == [
         f"{FIRST}  sent from {UNUSED}, seen as {UNUSED}: kept",
         "proved: a UDP datagram of this node with an address of the container subnet as its source "
-        "keeps it on its way to other nodes",
+        f"keeps it on its way to {FIRST}",
     ]
     assert "not proved: the same of a container's own packets" in done.stdout
     add(node, "-I", "POSTROUTING", *node.broad_rule)

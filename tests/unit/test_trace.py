@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from snatd.core.model import Family
+from snatd.core.model import Family, Policy
 from snatd.core.packet import (
     ALL_BITS,
     Check,
@@ -591,11 +591,33 @@ def test_nobody_on_an_empty_node() -> None:
 
 
 def test_the_class_is_what_promise_one_is_about() -> None:
-    assert CLUSTER.source == addresses([ip_network("172.7.21.0/24")])
-    assert CLUSTER.mark == Mark(0, 0x6000)
-    assert covered(CLUSTER.destination, addresses([ip_network("172.7.21.0/24")])) is False
-    assert covered(CLUSTER.destination, addresses([ip_network("172.7.0.0/16")])) is True
-    assert CLUSTER.not_out == ("docker0",)
+    for packets in CLUSTER:
+        assert packets.source == addresses([ip_network("172.7.21.0/24")])
+        assert packets.mark == Mark(0, 0x6000)
+        assert covered(packets.destination, addresses([ip_network("172.7.21.0/24")])) is False
+        assert covered(packets.destination, addresses([ip_network("172.7.0.0/16")])) is True
+        assert packets.not_out == ("docker0",)
+    whole = sum(high - low + 1 for one in CLUSTER for low, high in one.destination)
+    assert whole == 2**16 - 2**8
+
+
+def test_rules_that_share_the_work_let_nothing_through() -> None:
+    """Our own chain for several networks: each RETURN holds for a part of the packets only."""
+    several = wish(policy=Policy(networks=(ip_network("10.200.0.0/16"),)))
+    hook = xtables_hook(
+        """
+        -s 172.7.21.0/24 ! -o docker0 -m comment --comment snatd -j SNATD-POSTROUTING
+        SNATD-POSTROUTING -d 10.200.0.0/16 -j RETURN
+        SNATD-POSTROUTING -d 172.7.0.0/16 -j RETURN
+        SNATD-POSTROUTING -j MASQUERADE
+        """
+    )
+    packets = cluster_packets(several, MASQUERADE_MARKS, PACKET.types)
+    assert rewriters([hook], packets) == ()
+    wider = wish(policy=Policy(networks=(ip_network("10.200.0.0/15"),)))
+    (found,) = rewriters([hook], cluster_packets(wider, 0))
+    assert found.place is not None
+    assert found.place.step.text == "-j MASQUERADE"
 
 
 def test_who_is_asked_before_the_guard() -> None:
