@@ -13,7 +13,7 @@ from snatd.host import journal
 
 CODE = Path(snatd.__file__).parent
 PROJECT = CODE.parent
-LEVELS = {"debug", "info", "warning", "error", "_say"}
+LEVELS = {"debug", "info", "warning", "error", "say", "_say"}
 
 
 def events_in_the_code() -> set[str]:
