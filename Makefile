@@ -11,7 +11,7 @@ PACKAGES := iptables nftables iproute2 conntrack procps util-linux \
 
 # The same for `make deb`, `make rpm` and `make test-system`.
 PACKAGING := git debhelper dh-python pybuild-plugin-pyproject python3-all python3-setuptools \
-	python3-pip python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm gcc libc6-dev
+	python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm gcc libc6-dev
 SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
 
 .PHONY: help venv demo test test-system bench deb rpm clean packages

@@ -239,6 +239,20 @@ def said_by(node: Node, unit: str) -> list[str]:
     return [one["MESSAGE"] for one in node.machine.journal("-b", f"_SYSTEMD_UNIT={unit}")]
 
 
+def test_what_it_sends_and_lists_works_under_its_confinement(node: Node) -> None:
+    """The datagram to a neighbour, its entry in conntrack, and the list of connections."""
+    machine = node.machine
+    machine.run("ip", "route", "add", "172.7.22.0/24", "via", "10.4.7.22")
+    node.add_broad()
+    node.wait_for_repair()
+    status = machine.path("/run/snatd/status.json")
+    until(lambda: '"kept": true' in status.read_text(), "a probe that was kept", 20)
+    assert not machine.journal("-b", "SNATD_EVENT=flows_unknown")
+    assert not machine.journal("-b", "SNATD_EVENT=not_kept")
+    warnings = machine.journal("-b", "-u", "snatd", "-p", "warning")
+    assert [one["MESSAGE"] for one in warnings] == []
+
+
 def test_a_rival_is_fought_with_patience_and_one_line(node: Node) -> None:
     machine = node.machine
     node.wait_for_status("in sync")
