@@ -10,8 +10,8 @@ PACKAGES := iptables nftables iproute2 conntrack procps util-linux \
 	python3 python3-venv python3-dev gcc libc6-dev
 
 # The same for `make deb`, `make rpm` and `make test-system`.
-PACKAGING := git debhelper dh-python pybuild-plugin-pyproject python3-all python3-setuptools \
-	python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm gcc libc6-dev
+PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject python3-all \
+	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
 SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
 
 .PHONY: help venv demo test test-system bench deb rpm clean packages
