@@ -323,6 +323,9 @@ class Daemon:
                     why=reason.why,
                     trigger=",".join(triggers) or "resync",
                     writer=names,
+                    writer_comm=[writer.comm for writer in writers] or None,
+                    writer_pid=[writer.pid for writer in writers] or None,
+                    writer_unit=[writer.of for writer in writers if writer.of] or None,
                     duration_ms=round(duration_s * 1000, 1),
                 )
 
