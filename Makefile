@@ -9,11 +9,17 @@ BACKEND ?= nft
 PACKAGES := iptables nftables iproute2 conntrack procps util-linux strace \
 	python3 python3-venv python3-dev gcc libc6-dev
 
-.PHONY: help venv demo test bench clean packages
+# The same for `make deb`, `make rpm` and `make test-system`.
+PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject python3-all \
+	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
+SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
+
+.PHONY: help venv demo test test-system bench deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
+# A target that needs more says so: `deb: PACKAGES += ...`.
 packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed \
@@ -38,6 +44,19 @@ demo: venv  ## see the problem and its repair between two nodes (BACKEND=legacy 
 
 test: venv  ## unit, property and kernel tests, linters included
 	@$(BIN)/python -m pytest
+
+deb: PACKAGES := $(PACKAGING)
+deb: packages  ## build dist/snatd_VERSION_all.deb of the last commit
+	@packaging/deb dist
+
+rpm: PACKAGES := $(PACKAGING)
+rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last commit
+	@packaging/rpm/build dist
+	@packaging/rpm/build-legacy dist
+
+test-system: PACKAGES += $(SYSTEM)
+test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root
+	@$(BIN)/python -m pytest tests/system
 
 bench: venv  ## measure, and print a table
 	@$(BIN)/python -m tests.bench

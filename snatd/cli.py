@@ -49,10 +49,7 @@ _COMMON_EXITS = "77 not permitted, 78 the configuration is wrong"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if getattr(options, "without_dynamic", False) and not options.full:
-        parser.error("--without-dynamic goes with --full")
+    options = _parser().parse_args(arguments)
     try:
         status_code = int(options.command(options))
     except ConfigError as error:
@@ -507,6 +504,8 @@ def _save(options: argparse.Namespace) -> int:
     from snatd.kernel.restore import check_restore, save_tables
     from snatd.node import open_edges, require_permission
 
+    if options.without_dynamic and not options.full:
+        raise Unanswerable("--without-dynamic says something only with --full")
     settings = config.load(options.config)
     require_permission()
     tools = Tools()

@@ -23,6 +23,7 @@ from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, ConfigError
 from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
+from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
 from snatd.evidence import Cause, Evidence
 from snatd.facts import Facts, now
@@ -70,7 +71,7 @@ class Daemon:
         self._triggers: Counter[str] = Counter({"start": 1})
         self._writers: dict[Writer, None] = {}
         self._told: dict[str, Any] = {}
-        self._evidence = self._gather()
+        self._evidence = self._gather(Limiter())
         self._saving = self._look_after_files()
         self._facts = Facts()
 
@@ -107,8 +108,8 @@ class Daemon:
         self._ears.append(ear)
         self._selector.register(ear, selectors.EVENT_READ, partial(self._listen, ear))
 
-    def _gather(self) -> Evidence:
-        return Evidence(self._settings, self._tools, self._selector, self._say)
+    def _gather(self, limiter: Limiter) -> Evidence:
+        return Evidence(self._settings, self._tools, self._selector, self._say, limiter)
 
     def _look_after_files(self) -> Saving:
         return Saving(self._settings, partial(check_restore, tools=self._tools), self._say)
@@ -214,7 +215,7 @@ class Daemon:
             self._schedule = replace(self._schedule, resync_s=new.resync)
             self._told.clear()
             self._evidence.close()
-            self._evidence = self._gather()
+            self._evidence = self._gather(self._evidence.limiter)
             self._saving = self._look_after_files()
             if self._watch is not None:
                 self._watch.stop()
@@ -241,6 +242,11 @@ class Daemon:
             done = Pass(look(self._edges, policy, deadline))
         else:
             done = reconcile(self._edges, policy, deadline)
+        if done.applied:
+            # Who wrote may have been heard only while this pass was on its way.
+            for ear in tuple(self._ears):
+                self._listen(ear)
+            writers |= self._writers
         ended_s = time.monotonic()
         was_fighting = self._schedule.fighting
         self._schedule = self._schedule.passed(
@@ -249,6 +255,8 @@ class Daemon:
             failed=bool(done.view.problems),
             jitter=random.random(),
         )
+        if self._triggers:  # heard during the pass, perhaps after its last look
+            self._schedule = self._schedule.event()
         if any(one.backend is Backend.LEGACY for one in done.applied):
             # The digest that the poll compares with is older than our own write. A look after the
             # next `rebase` makes sure that nobody came between the two.
@@ -311,6 +319,7 @@ class Daemon:
             self._log.info("fight_ended", repairs=self._facts.repairs, writer=self._facts.fighting)
             self._facts.fighting = None
         if self._schedule.fighting and was_fighting:
+            self._facts.fighting = names or self._facts.fighting
             return
         # A quick rival undoes a write before it is read back: one repair to a reader.
         for one in dict.fromkeys(applied):
@@ -325,6 +334,9 @@ class Daemon:
                     why=reason.why,
                     trigger=",".join(triggers) or "resync",
                     writer=names,
+                    writer_comm=[writer.comm for writer in writers] or None,
+                    writer_pid=[writer.pid for writer in writers] or None,
+                    writer_unit=[writer.of for writer in writers if writer.of] or None,
                     duration_ms=round(duration_s * 1000, 1),
                 )
 

@@ -17,15 +17,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from snatd import suspects
+from snatd import report, suspects
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendError
+from snatd.core.errors import BackendError, BackendFailed
 from snatd.core.flows import Ids
 from snatd.core.model import Address, Family, NodeState, count
-from snatd.core.proof import Limiter, Probe
+from snatd.core.proof import INTERVAL_S, Limiter, Probe
 from snatd.facts import now
+from snatd.kernel.hooks import Hooks
 from snatd.kernel.tools import Tools
 from snatd.suspects import Suspects
 
@@ -83,6 +84,7 @@ class Evidence:
     tools: Tools
     selector: selectors.BaseSelector
     say: Say
+    limiter: Limiter = field(default_factory=Limiter)
     look_limit_s: float = 5.0
     due_s: float | None = None
     _found: _Found = _Found()
@@ -91,7 +93,8 @@ class Evidence:
     _leased: tuple[Desired, ...] = ()
     _cause: Cause = Cause.RESYNC
     _unproved: bool = True
-    _limiter: Limiter = field(default_factory=Limiter)
+    _owed: bool = False
+    """Whether a neighbour could not be asked because he was a moment ago."""
     _free_s: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(Cause, 0.0))
     _todo: deque[Desired] = field(default_factory=deque)
     _sweep: Sweep | None = None
@@ -103,10 +106,6 @@ class Evidence:
     def wrong(self) -> tuple[str, ...]:
         """What is wrong although the rules are in sync; it makes the daemon degraded."""
         return self._found.wrong
-
-    @property
-    def proved_at(self) -> str:
-        return self._found.proved_at
 
     def passed(
         self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
@@ -142,6 +141,8 @@ class Evidence:
         began_s = time.monotonic()
         self._look(began_s, changed=cause is Cause.CHANGED)
         self._pace(began_s)
+        if self._owed and self._unproved:
+            self.due_s = began_s + INTERVAL_S
         return True
 
     def _pace(self, began_s: float) -> None:
@@ -152,6 +153,8 @@ class Evidence:
             self._free_s[cause] = max(self._free_s[cause], free_s)
 
     def _look(self, now_s: float, *, changed: bool) -> None:
+        if not self._leased:
+            self._found = _Found()
         deadline = Deadline(now_s + self.look_limit_s)
         found = suspects.find_suspects(self._leased, self.settings.marks, self.tools, deadline)
         proved_at = self._found.proved_at if all(one.none for one in found) else ""
@@ -161,36 +164,60 @@ class Evidence:
         when = self.settings.probe
         doubt = self._unproved or self.wrong or any(one.rules for one in found)
         if when == "resync" or (when == "repair" and doubt):
-            self._probe(now_s, deadline)
+            self._probe(now_s)
         if self.settings.stale_flows != "off":
             self._begin_sweeps(changed=changed)
 
-    def _probe(self, now_s: float, deadline: Deadline) -> None:
-        from snatd.verify import doubt, probe
+    def _probe(self, now_s: float) -> None:
+        from snatd.verify import probe
 
         made: list[Probe] = []
+        there: set[Address] = set()
+
+        def allowed(neighbours: tuple[Address, ...]) -> tuple[Address, ...]:
+            there.update(neighbours)
+            self.limiter, some = self.limiter.allow(neighbours, now_s)
+            self._owed = self._owed or len(some) < len(neighbours)
+            return some
+
+        self._owed = False
+
         for one in self._leased:
             assert self._node is not None
             with suppress(BackendError):  # the pass has told what cannot be read
-                made += probe(one, self._node, lambda found: self._allowed(found, now_s), 0.0)
+                made += probe(one, self._node, allowed, 0.0)
         if not made:
             return
-        inside = [one for one in made if one.inside and one.kept is not None]
-        wrong = [told for one in inside if (told := doubt(one, self.tools, deadline))]
+        # Who may not be asked again yet has still answered what he answered.
+        asked = {one.destination for one in made}
+        made += [one for one in self._found.probes if one.destination in there - asked]
+        answered = [one for one in made if one.inside and one.kept is not None]
+        wrong = [told for one in answered if (told := self._doubt(one))]
+        certain = all(one.none for one in self._found.suspects)
         self._unproved = False
-        proved = inside and not wrong and all(one.none for one in self._found.suspects)
         self._found = replace(
             self._found,
             probes=tuple(made),
             probed_at=now(),
-            proved_at=now() if proved else "",
+            proved_at=now() if answered and certain and not wrong else "",
             wrong=tuple(wrong),
         )
         self.say("not_kept", "error", wrong, over="kept_again")
 
-    def _allowed(self, found: tuple[Address, ...], now_s: float) -> tuple[Address, ...]:
-        self._limiter, allowed = self._limiter.allow(found, now_s)
-        return allowed
+    def _doubt(self, one: Probe) -> str:
+        from snatd.verify import doubt
+
+        found = {suspect.desired.family: suspect for suspect in self._found.suspects}
+
+        def read(family: Family) -> Hooks:
+            hooks = found[family].hooks
+            if hooks is None:
+                raise BackendFailed("; ".join(found[family].unknown))
+            return hooks
+
+        if one.kept and all(suspect.none for suspect in found.values()):
+            return ""  # what the rules say of all such packets
+        return doubt(one, read)
 
     def _begin_sweeps(self, *, changed: bool) -> None:
         if self._sweep is not None and not changed:
@@ -287,15 +314,13 @@ class Evidence:
 
     def document(self) -> dict[str, Any]:
         """For the status file."""
-        from snatd.verify import probe_document
-
         found = self._found
         return {
             "suspects": suspects.document(found.suspects),
             "proof": {
                 "proved_at": found.proved_at or None,
                 "probed_at": found.probed_at or None,
-                "probes": [probe_document(one) for one in found.probes],
+                "probes": [report.probe_document(one) for one in found.probes],
                 "wrong": list(found.wrong),
             },
             "flows": [

@@ -5,9 +5,10 @@ Writes nothing. The decision itself is `core.trace`.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from snatd.kernel.links import find_route, read_sources
 
 # Lines of one hook's way that anybody would read.
 _MOST_LINES = 200
+_ASKS_PORTS = re.compile(r"-p |port|l4proto|\b(tcp|udp|sctp)\b")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def explain(question: Question, read: Callable[[Family], Hooks]) -> Explanation:
         types=address_types(family, local, broadcast),
     )
     masquerade = masquerade_addresses(family, out, question.destination, next_hop, carried)
-    return Explanation(question, out, next_hop, hooks, trace(hooks.hooks, packet, masquerade))
+    traced = trace(hooks.hooks, packet, masquerade)
+    if hooks.unread:
+        anything = Answer(None, None, why=hooks.unread)
+        traced = replace(traced, answers=(*traced.answers, anything))
+    return Explanation(question, out, next_hop, hooks, traced)
 
 
 def _way(question: Question) -> tuple[str | None, str, Address | None]:
@@ -87,7 +93,7 @@ def _way(question: Question) -> tuple[str | None, str, Address | None]:
     if question.own:
         came_in = ""
     if out is not None:
-        route = find_route(destination, out=out)
+        route = find_route(destination, out=out, mark=question.mark)
         return came_in, out, route.next_hop if route else None
     asked = {"source": source, "came_in": came_in} if came_in is not None else {}
     # Without forwarding the kernel refuses to say where it would forward to.
@@ -119,6 +125,9 @@ def lines(told: Explanation) -> Iterator[str]:
             head = f"{'  ' * depth}{place.chain} {place.step.number}{by}: "
             yield f"  {head}{place.step.text}{may}"
     yield from (f"note: {one}" for one in told.hooks.unread)
+    unsaid = None in (question.protocol, question.dport)
+    if unsaid and any(_ASKS_PORTS.search(why) for why in told.trace.undecided):
+        yield "note: --proto and --dport were not given; a rule that asks for them may decide"
     yield conclusion(told)
 
 
@@ -133,7 +142,7 @@ def conclusion(told: Explanation) -> str:
     other, certain = told.question.destination, told.trace.answer
     if certain is None:
         some = dict.fromkeys(_seen(one) for one in told.trace.answers)
-        why = [f"`{one}`" for one in told.trace.undecided]
+        why = [one if one.startswith("which ") else f"`{one}`" for one in told.trace.undecided]
         depends = f": depends on {join(why)}" if why else ""
         return f"{other} may see {' or '.join(some)}{depends}"
     by = _by(certain.place) if certain.place else "no rule changes it"
@@ -154,8 +163,7 @@ def _by(place: Place) -> str:
     who = writer(place.table, place.chain, place.step.text)
     if place.table.endswith(f" {GUARD_TABLE}"):
         return "guard"
-    rule = f"{place.table} {place.chain} rule {place.step.number}"
-    return f"{who}, {rule}" if who != UNKNOWN else rule
+    return f"{who}, {place}" if who != UNKNOWN else str(place)
 
 
 def document(told: Explanation) -> dict[str, Any]:

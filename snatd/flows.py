@@ -73,11 +73,14 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
         document["deleted"] = deleted
     if not wrong:
         lines: tuple[str, ...] = ("no flow hides a container's address",)
+        if document["cut_off"]:
+            lines = ("not all flows were looked at",)
     elif delete:
         lines = (f"{count(deleted, 'flow')} deleted, {wrong - deleted} left",)
     else:
         lines = flow_lines(shown)
-    exit_code = EXIT_FAILING if problems else EXIT_OK if leased else EXIT_WAITING
+    failed = problems or document["cut_off"]
+    exit_code = EXIT_FAILING if failed else EXIT_OK if leased else EXIT_WAITING
     return Answer(document, lines if tallies else (), (*warnings, *problems), exit_code)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from snatd.core.errors import BackendBusy
 from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count, join
 from snatd.core.plan import Transaction
+from snatd.core.proof import Probe
 from snatd.core.rules import is_ours, own_jumps
 from snatd.reconcile import View
 
@@ -151,11 +152,13 @@ def _guard(family: Family, view: View) -> dict[str, Any]:
         for one in (*view.problems, *view.unguarded)
         if one.family is family and one.backend is Backend.GUARD
     ]
+    in_place = bool(rules) and not planned
+    why_not = failing[0] if failing else "to be written" if planned else "off"
     return {
         "family": family.value,
-        "in_place": bool(rules) and not planned,
+        "in_place": in_place,
         "connections": sum(counters) if rules else None,
-        "why_not": failing[0] if failing else None,
+        "why_not": None if in_place else why_not,
     }
 
 
@@ -168,6 +171,18 @@ def transaction_document(transaction: Transaction) -> dict[str, Any]:
         "reasons": [
             {"change": reason.change.value, "why": reason.why} for reason in transaction.reasons
         ],
+    }
+
+
+def probe_document(one: Probe) -> dict[str, Any]:
+    """A probe as JSON."""
+    return {
+        "dst": str(one.destination),
+        "sent_from": None if one.sent_from is None else str(one.sent_from),
+        "seen_as": None if one.seen_as is None else str(one.seen_as),
+        "kept": one.kept,
+        "inside": one.inside,
+        "why": one.why or None,
     }
 
 
@@ -189,11 +204,11 @@ def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tu
 def _evidence_rows(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for one in document["suspects"]:
         if one["none"]:
-            yield f"{one['family']} rules", "none on this node can SNAT cluster traffic"
+            yield f"{one['family']} rules", "none on this node can SNAT unmarked cluster traffic"
         for rule in one["rules"]:
             yield f"{one['family']} rules", f"can SNAT cluster traffic: {rule}"
         for hook in one["before_guard"]:
-            yield "", f"asked before the guard: nat chain {hook}"
+            yield "", f"asked before the guard, or may be: nat chain {hook}"
         for why in one["unknown"]:
             yield f"{one['family']} rules", f"not known whether one can SNAT cluster traffic: {why}"
     proof = document["proof"]
@@ -230,9 +245,9 @@ def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
         rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
         rows += [("", rule) for rule in one["ours"]]
     for one in document["guard"]:
-        says = f"in place; {count(one['connections'] or 0, 'connection')} kept their address by it"
+        says = f"in place, kept the address of {count(one['connections'] or 0, 'connection')}"
         if not one["in_place"]:
-            says = f"not in place: {one['why_not'] or 'off, or not written yet'}"
+            says = f"not in place: {one['why_not']}"
         rows.append((f"{one['family']} guard", says))
     rows += [("waiting", reason) for reason in document["waiting_for"]]
     rows += [("problem", problem["message"]) for problem in document["problems"]]

@@ -16,16 +16,18 @@ from snatd.core.model import join
 from snatd.core.packet import Hook, address_types
 from snatd.core.trace import Answer, before_guard, cluster_packets, rewriters
 from snatd.core.writers import UNKNOWN, writer
-from snatd.kernel.hooks import read_hooks
+from snatd.kernel.hooks import Hooks, read_hooks
 from snatd.kernel.tools import Tools
 
 
 @dataclass(frozen=True)
 class Suspects:
     """`rules`: each that could, with what it depends on. `earlier`: nat chains of other programs
-    that are asked before the guard. `unknown`: what could not be looked at, and why."""
+    that are asked before the guard. `unknown`: what could not be looked at, and why. `hooks`: all
+    that was read, None where nothing could be."""
 
     desired: Desired
+    hooks: Hooks | None = None
     rules: tuple[Answer, ...] = ()
     earlier: tuple[Hook, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -53,7 +55,9 @@ def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -
     except BackendError as error:
         return Suspects(desired, unknown=(str(error),))
     packets = cluster_packets(desired, marks, address_types(desired.family, local, broadcast))
-    return Suspects(desired, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread)
+    return Suspects(
+        desired, read, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread
+    )
 
 
 def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
@@ -68,7 +72,7 @@ def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
             for why in one.unknown
         ),
         *(
-            f"no rule on this node can SNAT cluster traffic from {one.desired.subnet}"
+            f"no rule on this node can SNAT unmarked cluster traffic from {one.desired.subnet}"
             for one in found
             if one.none
         ),
@@ -86,7 +90,11 @@ def rule_lines(found: Iterable[Suspects]) -> list[str]:
 
 def earlier_lines(found: Iterable[Suspects]) -> list[str]:
     """The nat chains that come before the guard; of a table for both families once."""
-    hooks = [f"asked before the guard: nat chain {hook}" for one in found for hook in one.earlier]
+    hooks = [
+        f"asked before the guard, or may be: nat chain {hook}"
+        for one in found
+        for hook in one.earlier
+    ]
     return list(dict.fromkeys(hooks))
 
 
@@ -97,7 +105,7 @@ def _rule(answer: Answer) -> str:
     who = writer(place.table, place.chain, place.step.text)
     by = "" if who == UNKNOWN else f" (written by {who})"
     where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
-    return f"{place}{by}{where}"
+    return f"{place}{by}: {place.step.text}{where}"
 
 
 def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:

@@ -24,15 +24,16 @@ _LABELS = tuple(
 
 @dataclass(frozen=True)
 class DeviceAddress:
-    """An address in the kernel's order. `network` is the peer's on a point-to-point link, so
-    `prefix` may not hold `address`. `universal`: of a scope that is good beyond the link;
-    `second_choice`: secondary (IPv4), or deprecated, temporary, optimistic (IPv6)."""
+    """An address, where the kernel's own order has it. `prefix`: of the peer on a point-to-point
+    link. `universal`: of a scope that is good beyond the link. `second_choice`: secondary (IPv4);
+    deprecated or optimistic (IPv6). `temporary`: of IPv6's privacy extensions."""
 
     device: str
     address: Address
     prefix: Interface
     universal: bool = True
     second_choice: bool = False
+    temporary: bool = False
 
 
 def masquerade_addresses(
@@ -45,10 +46,9 @@ def masquerade_addresses(
     """What the source may become; empty where the kernel would have nothing and drop the packet.
     `next_hop` is None where the route is not known."""
     usable = [one for one in carried if one.universal]
-    there = [one for one in usable if one.device == out]
     if family is Family.V4:
-        return _inet_select_addr(there, usable, next_hop)
-    return _ipv6_get_saddr(there or usable, destination)
+        return _inet_select_addr([one for one in usable if one.device == out], usable, next_hop)
+    return _ipv6_get_saddr(out, usable, destination)
 
 
 def _inet_select_addr(
@@ -69,18 +69,20 @@ def _inet_select_addr(
     return (first["lo"].address,) if "lo" in first else _each(first.values())
 
 
-def _ipv6_get_saddr(some: Sequence[DeviceAddress], destination: Address) -> tuple[Address, ...]:
-    """net/ipv6/addrconf.c, rules 3 to 8, but for what an operator may have changed (labels,
-    preferences): where those would decide all remain."""
-    first = [one for one in some if not one.second_choice]
-    if not first or len({_label(one.address) for one in first}) > 1:
-        return _each(some)
-    bits = {
-        one: min(_common_bits(one.address, destination), one.prefix.network.prefixlen)
-        for one in first
-    }
-    most = max(bits.values())
-    return _each(one for one in first if bits[one] == most)
+def _ipv6_get_saddr(
+    out: str, usable: Sequence[DeviceAddress], destination: Address
+) -> tuple[Address, ...]:
+    """net/ipv6/addrconf.c, rules 3, 5 and 8 in this order, and of equals the first. Where
+    something decides that is not read here (addrlabel, use_tempaddr, the order of devices), all
+    remain."""
+    first = [one for one in usable if not one.second_choice] or usable
+    first = [one for one in first if one.device == out] or first
+    if len({(one.device, _label(one.address), one.temporary) for one in first}) > 1:
+        return _each(first)
+    bits = [
+        min(_common_bits(one.address, destination), one.prefix.network.prefixlen) for one in first
+    ]
+    return (first[bits.index(max(bits))].address,) if first else ()
 
 
 def _label(address: Address) -> int:

@@ -15,6 +15,7 @@ from snatd.core.packet import (
     LOSE_MARK,
     PROTOCOLS,
     Action,
+    Check,
     Device,
     Field,
     Jump,
@@ -27,7 +28,6 @@ from snatd.core.packet import (
     SetMark,
     Snat,
     Step,
-    Test,
     Unknown,
     Verdict,
     Within,
@@ -127,13 +127,13 @@ class _Compiler:
 
     def steps(self, number: int, expressions: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
         """One rule is one step; a verdict map at its end makes one of each of its elements."""
-        parts: list[Test | Action] = []
+        parts: list[Check | Action] = []
         for expression in expressions:
             kind, value = next(iter(expression.items()))
             if kind == "vmap":
                 for pattern, verdict in self._verdicts(value):
                     ((name, argument),) = verdict.items()
-                    test = self._test(value["key"], "==", pattern)
+                    test = self._check(value["key"], "==", pattern)
                     yield Step(number, self.text, (*parts, *test, _verdict(name, argument)))
                 return
             parts += self._parts(kind, value)
@@ -148,16 +148,16 @@ class _Compiler:
             return [({"unknown": self.text}, {"unknown": None})]
         return pairs
 
-    def _parts(self, kind: str, value: Any) -> Sequence[Test | Action]:
+    def _parts(self, kind: str, value: Any) -> Sequence[Check | Action]:
         if kind == "xt":
             kind = f"xt {(value or {}).get('type')}"
             kind += f" {value['name']}" if "comment" in str(value) else ""
         if kind in _NO_EFFECT:
             return ()
         if kind in _MAY_STOP:
-            return (Test(self.text, None),)
+            return (Check(self.text, None),)
         if kind == "match":
-            return self._test(value["left"], value["op"], value["right"])
+            return self._check(value["left"], value["op"], value["right"])
         if kind == "xt target" and value["name"] == "MASQUERADE":
             return (Masquerade(),)
         if kind == "xt target" and value["name"] in ("SNAT", "MARK"):
@@ -166,16 +166,19 @@ class _Compiler:
             return (_mark(value["value"]),)
         if kind == "mangle" and value["key"].keys() <= {"meta", "ct"}:
             return ()
+        if kind == "snat" and "map" in value.get("addr", ()):
+            # What is not in the map goes on.
+            return (Check(self.text, None), Snat(None))
         return (_verdict(kind, value),)
 
-    def _test(self, left: Any, operator: str, right: Any) -> Sequence[Test]:
+    def _check(self, left: Any, operator: str, right: Any) -> Sequence[Check]:
         try:
-            tests = tuple(self._named(left, operator, right))
+            checks = tuple(self._named(left, operator, right))
         except (_Unnamed, AttributeError, KeyError, TypeError, ValueError):
-            return (Test(self.text, None),)
-        return tests
+            return (Check(self.text, None),)
+        return checks
 
-    def _named(self, left: Mapping[str, Any], operator: str, right: Any) -> Iterator[Test]:
+    def _named(self, left: Mapping[str, Any], operator: str, right: Any) -> Iterator[Check]:
         """A match as tests. Raises _Unnamed, or what the shape of the JSON makes of it."""
         ((kind, key),) = left.items()
         negated = operator == "!="
@@ -183,14 +186,14 @@ class _Compiler:
         if operator not in ("==", "!=", "in"):
             raise _Unnamed
         if kind == "ct" and key["key"] == "state":
-            yield Test(self.text, connection_state(values), negated)
+            yield Check(self.text, connection_state(values), negated)
             return
         if operator == "in":
             raise _Unnamed
         if kind == "payload":
             yield from self._payload(key["protocol"], key["field"], values, negated)
             return
-        yield Test(self.text, self._what(kind, key, values), negated)
+        yield Check(self.text, self._what(kind, key, values), negated)
 
     def _what(
         self, kind: str, key: Any, values: list[Any]
@@ -204,6 +207,10 @@ class _Compiler:
                 return Within(Field.PROTOCOL, merge(map(_protocol, values)))
             case "meta", {"key": "nfproto" | "protocol"}:
                 return any(_NFPROTO[one] is self.family for one in values)
+            case "meta", {"key": "mark"} if isinstance(values[0], dict):
+                # What nft makes of a mask of the highest bits (1.0.6).
+                ((prefix,),) = [one.values() for one in values]
+                return Marked(ALL_BITS << (32 - prefix["len"]) & ALL_BITS, (prefix["addr"],))
             case "meta", {"key": "mark"}:
                 return Marked(ALL_BITS, tuple(map(_number, values)))
             case "&", [{"meta": {"key": "mark"}}, int(mask)]:
@@ -214,23 +221,23 @@ class _Compiler:
 
     def _payload(
         self, protocol: str, field: str, values: list[Any], negated: bool
-    ) -> Iterator[Test]:
+    ) -> Iterator[Check]:
         if protocol in _PAYLOADS:
             if _PAYLOADS[protocol] is not self.family:
                 # In an inet table nft puts a test of the family in front.
-                yield Test(self.text, False)
+                yield Check(self.text, False)
             elif field == "protocol":
-                yield Test(
+                yield Check(
                     self.text, Within(Field.PROTOCOL, merge(map(_protocol, values))), negated
                 )
             elif field in ("saddr", "daddr"):
-                yield Test(self.text, Within(_FIELDS[field], merge(map(_span, values))), negated)
+                yield Check(self.text, Within(_FIELDS[field], merge(map(_span, values))), negated)
             else:
                 raise _Unnamed
         elif field in ("sport", "dport") and (protocol == "th" or protocol in PROTOCOLS):
             if protocol != "th":
-                yield Test(self.text, Within(Field.PROTOCOL, (_protocol(protocol),)))
-            yield Test(self.text, Within(_FIELDS[field], merge(map(_port, values))), negated)
+                yield Check(self.text, Within(Field.PROTOCOL, (_protocol(protocol),)))
+            yield Check(self.text, Within(_FIELDS[field], merge(map(_port, values))), negated)
         else:
             raise _Unnamed
 
@@ -258,11 +265,8 @@ def _verdict(kind: str, value: Any) -> Action:
             return Keep()
         case "snat", {"addr": {"prefix": prefix}, "flags": flags} if "netmap" in flags:
             return Netmap(network(f"{prefix['addr']}/{prefix['len']}"))
-        case "snat", {"addr": target}:
-            try:
-                return Snat(_span(target))
-            except (_Unnamed, ValueError):
-                return Snat(None)
+        case "snat", {"addr": str() | {"range": _} | {"prefix": _} as target}:
+            return Snat(_span(target))
     return Unknown()
 
 

@@ -150,7 +150,7 @@ class OfType:
 
 
 @dataclass(frozen=True)
-class Test:
+class Check:
     """`what` may also be plainly true or false; None cannot be decided. `text` is the rule's."""
 
     text: str
@@ -158,7 +158,7 @@ class Test:
     negated: bool = False
 
 
-def holds(test: Test, packet: Packet, mark: Mark) -> bool | None:
+def holds(test: Check, packet: Packet, mark: Mark) -> bool | None:
     found = _found(test.what, packet, mark)
     return found if found is None else found != test.negated
 
@@ -267,7 +267,7 @@ class Step:
 
     number: int
     text: str
-    parts: tuple[Test | Action, ...]
+    parts: tuple[Check | Action, ...]
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,7 @@ def rewritten(
         case Masquerade():
             return masquerade
         case Snat(to):
-            # Of a range only its ends are named: it may hold 2^64.
-            return None if to is None else tuple(map(packet.address, sorted(set(to))))
+            return (packet.address(to[0]),) if to and to[0] == to[1] else None
         case Netmap(network) if source:
             host = int(source) & int(network.hostmask)
             return (ip_address(int(network.network_address) | host),)

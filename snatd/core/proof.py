@@ -8,13 +8,13 @@ from typing import cast
 
 from snatd.core.desired import Desired
 from snatd.core.flows import concerns
-from snatd.core.model import Address, Network
+from snatd.core.model import Address, Network, join
 from snatd.core.networks import contains
 
 NEIGHBOURS = 16
 # Sent to the discard port (RFC 863), which nobody minds.
 UDP, DISCARD = 17, 9
-_INTERVAL_S = 60.0
+INTERVAL_S = 60.0
 _TRIED = 256
 
 
@@ -54,7 +54,7 @@ class Limiter:
         self, neighbours: Iterable[Address], now_s: float
     ) -> tuple[Limiter, tuple[Address, ...]]:
         """Those of the neighbours who may be sent one now, and the limiter after that."""
-        recent = tuple(one for one in self.sent if now_s - one[1] < _INTERVAL_S)
+        recent = tuple(one for one in self.sent if now_s - one[1] < INTERVAL_S)
         known = {address for address, _ in recent}
         due = [one for one in dict.fromkeys(neighbours) if one not in known]
         due = due[: max(0, NEIGHBOURS - len(recent))]
@@ -102,7 +102,7 @@ def unused_address(
 
 
 def exit_code(probes: Sequence[Probe]) -> int:
-    """0: every one into the networks kept its source; 1: one was SNATed; 3: else."""
+    """0: every one into the networks kept its source; 1: one was SNATed; 3: not all are known."""
     kept = [probe.kept for probe in probes if probe.inside]
     if False in kept:
         return 1
@@ -114,11 +114,13 @@ def conclusion(probes: Sequence[Probe]) -> tuple[str, ...]:
     inside = [probe for probe in probes if probe.inside and probe.kept is not None]
     if not inside:
         return ("nothing is proved",)
-    wrong = [probe for probe in inside if not probe.kept]
+    wrong = [str(probe.destination) for probe in inside if not probe.kept]
+    kept = [str(probe.destination) for probe in inside if probe.kept]
     what = "a UDP datagram of this node with an address of the container subnet as its source"
-    found = "is SNATed on its way to other nodes" if wrong else "keeps it on its way to other nodes"
+    found = [f"is SNATed on its way to {join(wrong)}"] if wrong else []
+    found += [f"keeps it on its way to {join(kept)}"] if kept else []
     return (
-        f"proved: {what} {found}",
+        f"proved: {what} {' and '.join(found)}",
         "not proved: the same of a container's own packets, which also pass PREROUTING and FORWARD "
         "and come in by the bridge, and of other protocols, marks and addresses",
     )

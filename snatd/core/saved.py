@@ -175,10 +175,12 @@ def _read(lines: Sequence[str], head: int, end: int, subnet: Network | None) -> 
             raise RuleError(f"line {number + 1}: {error}") from None
         verb = _SHORT.get(words[0].raw, words[0].raw) if words else ""
         chain = words[1].value if len(words) > 1 else ""
-        spec = _spec(words[2:])
+        watched = verb == "-A" and _is_watched(chain)
+        # Most lines of a large file are of other chains.
+        spec = _spec(words[2:]) if watched or POSTROUTING in text else None
         if verb == "-N":
             _declare(section, chain, number)
-        elif verb == "-A" and _is_watched(chain):
+        elif watched:
             # A newline makes a rule foreign to `plan` and `revert`, whatever else it says.
             rule = Rule(str(spec) if spec else f"\n{text}", counters)
             section.chains.setdefault(chain, []).append((number, rule))
@@ -376,6 +378,9 @@ def _is_dynamic(line: str) -> bool:
         return bool(_DYNAMIC.match(line[1:].split(" ", 1)[0]))
     if not line.startswith(("-A ", "[")):
         return False
-    words = _words(line)
+    try:
+        words = _words(line)
+    except RuleError:
+        return False
     after = {one.raw: two.value for one, two in pairwise(words)}
     return any(_DYNAMIC.match(after.get(option, "")) for option in ("-A", "-j", "-g"))

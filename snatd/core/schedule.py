@@ -38,6 +38,8 @@ class Schedule:
     settle_s: float = 0.02
     retry_s: float = 0.5
     longest_wait_s: float = 30.0
+    # What a rival undoes is wrong until it is repaired; one repair in 5 s is under 1 % of a core.
+    longest_fight_s: float = 5.0
     ended_s: float | None = None
     asked: bool = True
     failures: int = 0
@@ -92,7 +94,7 @@ class Schedule:
 
     def _pace(self, now_s: float) -> float:
         if self.fighting:
-            return self._doubling(1.0, self.lost_rounds)
+            return min(self.longest_fight_s, self._doubling(1.0, self.lost_rounds))
         return self.settle_s if self.looks.level(now_s) >= 1 else 1 / self.looks.per_s
 
     def _doubling(self, first_s: float, times: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, permutations
 
 from snatd.core.desired import Desired
@@ -19,6 +19,7 @@ from snatd.core.packet import (
     ALL_BITS,
     LOSE_MARK,
     Action,
+    Check,
     Hook,
     Jump,
     Keep,
@@ -29,18 +30,18 @@ from snatd.core.packet import (
     SetMark,
     Snat,
     Step,
-    Test,
     Unknown,
     Verdict,
     addresses,
     holds,
+    merge,
     rewritten,
 )
 
 # More different marks than this at one place become one mark with unknown bits.
 _MOST_MARKS = 16
-# Reasons on one way, base chains of one priority whose every order is tried, lines of a way.
-_MOST_REASONS, _MOST_ORDERED, _MOST_LINES = 4, 4, 1000
+# Reasons on one way; base chains of one priority whose every order is tried.
+_MOST_REASONS, _MOST_ORDERED = 4, 4
 # nft refuses more than 16 jumps into each other; legacy chains may lie deeper.
 _DEEPEST = 64
 
@@ -57,7 +58,9 @@ class Place:
     step: Step
 
     def __str__(self) -> str:
-        return f"{self.table} {self.chain} rule {self.step.number}: {self.step.text}"
+        """Without the rule's text."""
+        which = f"rule {self.step.number}" if self.step.number else self.step.text
+        return f"{self.table} {self.chain} {which}"
 
 
 @dataclass(frozen=True)
@@ -161,30 +164,52 @@ def _through_any_order(
     masquerade: tuple[Address, ...] | None,
 ) -> tuple[dict[Mark, Why], _Ended, _Ways]:
     """Of equal priorities the kernel asks the one first that was registered last, and that cannot
-    be seen. So every order is tried, of those that do anything."""
-    idle = [one for one in group if all(walks[id(one)].is_idle(mark) for mark in live)]
-    busy = [one for one in group if one not in idle]
-    if idle and len(busy) < 2:
-        busy, idle = group, []
-    tried = busy if len(busy) <= _MOST_ORDERED else busy[:_MOST_ORDERED]
+    be seen. So every order is tried of those that do anything."""
+    busy = _busy(group, walks, set(live))
+    tried = busy[:_MOST_ORDERED]
     orders = [_through(order, walks, live) for order in permutations(tried)]
     marks, ended, ways = orders[0]
     results = {
         (frozenset(left), frozenset(_answer(one, (), packet, masquerade).same for one in done))
         for left, done, _ in orders
     }
-    if len(results) > 1 or tried is not busy:
-        order = (
-            f"which of the chains at priority {busy[0].priority} is asked first: "
-            f"{join([f'{one.table} {one.chain}' for one in busy], 8)}",
+    if len(results) > 1 or tried != busy:
+        names = join([f"{one.table} {one.chain}" for one in busy])
+        why = (f"which at priority {busy[0].priority} is asked first of {names}",)
+        marks = {mark: _and(before, why) for left, _, _ in orders for mark, before in left.items()}
+        ended = {one: _and(before, why) for _, done, _ in orders for one, before in done.items()}
+        ways = list(
+            {id(way[0]): way for *_, several in orders for way in reversed(several)}.values()
         )
-        ways = [way for hook in tried for way in ways if way[0] is hook] or ways
-        marks = {mark: _and(why, order) for left, _, _ in orders for mark, why in left.items()}
-        ended = {one: _and(why, order) for _, done, _ in orders for one, why in done.items()}
-        if tried is not busy:
-            ended[_Outcome(End.BOUND, packet.mark, None, Snat(None))] = order
-            marks[Mark(0, 0)] = order
-    return marks, ended, [*ways, *((hook, ()) for hook in idle)]
+        if tried != busy:
+            nobody = Place("", "", Step(0, why[0], ()))
+            anything = _anything(nobody, packet.mark)
+            marks |= {one.mark: why for one in anything if one.end is End.BACK}
+            ended |= {one: why for one in anything if one.end in (End.DROP, End.BOUND)}
+    idle = [hook for hook in group if hook not in busy]
+    first = next(iter(live))
+    return (
+        marks,
+        ended,
+        [*ways, *((one, walks[id(one)].effect(one.chain, first).taken) for one in idle)],
+    )
+
+
+def _busy(group: list[Hook], walks: dict[int, _Walk], marks: set[Mark]) -> list[Hook]:
+    """The hooks that do anything: with the marks of now, or with one that another may set."""
+    while True:
+        busy = [one for one in group if not all(walks[id(one)].is_idle(mark) for mark in marks)]
+        more = {
+            outcome.mark
+            for hook in busy
+            for mark in marks
+            for outcome in walks[id(hook)].effect(hook.chain, mark).outcomes
+        }
+        if more <= marks or len(group) == 1:
+            return busy
+        if len(marks) > _MOST_MARKS:
+            return group
+        marks |= more
 
 
 def _through(
@@ -194,19 +219,23 @@ def _through(
     ways: _Ways = []
     for hook in order:
         after: dict[Mark, Why] = {}
-        taken: list[Taken] = []
+        taken: dict[int, Taken] = {}
         for mark, why in live.items():
             effect = walks[id(hook)].effect(hook.chain, mark)
-            taken += [one for one in effect.taken if one not in taken[:_MOST_LINES]]
+            for one in effect.taken:
+                taken.setdefault(id(one.place.step), one)
             for outcome, more in effect.outcomes.items():
                 if outcome.end is End.ACCEPT or (outcome.end is End.BACK and not hook.drops):
                     after.setdefault(outcome.mark, _and(why, more))
                 elif outcome.end is End.BACK:
-                    ended.setdefault(_Outcome(End.DROP, outcome.mark), _and(why, more))
+                    policy = Place(hook.table, hook.chain, Step(0, "policy drop", ()))
+                    ended.setdefault(_Outcome(End.DROP, outcome.mark, policy), _and(why, more))
                 else:
                     ended.setdefault(outcome, _and(why, more))
-        ways.append((hook, tuple(taken)))
+        ways.append((hook, tuple(taken.values())))
         live = after if len(after) <= _MOST_MARKS else _widened(after)
+        if not live:
+            break
     return live, ended, ways
 
 
@@ -250,7 +279,9 @@ class _Walk:
     def effect(self, chain: str, mark: Mark) -> _Effect:
         key = (chain, mark)
         if key not in self.known:
-            if chain not in self.hook.chains or len(self.open) > _DEEPEST:
+            # The kernel has no loops; a table that changed while it was read may seem to.
+            deep = len(self.open) > _DEEPEST or chain in self.open
+            if deep or chain not in self.hook.chains:
                 unread = f"chain {chain}, which could not be read"
                 return _Effect(_anything(Place(self.hook.table, chain, Step(0, unread, ())), mark))
             self.open.append(chain)
@@ -284,7 +315,7 @@ class _Walk:
         for part in place.step.parts:
             reached: dict[Mark, Why] = {}
             for mark, why in live.items():
-                if isinstance(part, Test):
+                if isinstance(part, Check):
                     result = holds(part, self.packet, mark)
                     if result is not True:
                         after.setdefault(mark, why)
@@ -359,22 +390,39 @@ def _widened(live: dict[Mark, Why]) -> dict[Mark, Why]:
 
 def cluster_packets(
     wanted: Desired, marks: int, types: tuple[tuple[str, Ranges], ...] = ()
-) -> Packet:
-    """The class that promise 1 is about: from our subnet into the networks and not into itself,
-    without the marks that ask for masquerade. All else is unknown."""
-    return Packet(
-        family=wanted.family,
-        source=addresses((wanted.subnet,)),
-        destination=addresses(subtract(wanted.networks, wanted.subnet)),
-        not_out=(wanted.bridge,) if isinstance(wanted.bridge, str) else (),
-        mark=Mark(0, marks),
-        types=types,
+) -> tuple[Packet, ...]:
+    """The classes that promise 1 is about: from our subnet into the networks and not into itself,
+    without the marks that ask for masquerade. All else is unknown.
+
+    One for each prefix: several rules may share the work, and of none of them alone would it be
+    certain that it holds for all.
+    """
+    return tuple(
+        Packet(
+            family=wanted.family,
+            source=addresses((wanted.subnet,)),
+            destination=addresses((network,)),
+            not_out=(wanted.bridge,) if isinstance(wanted.bridge, str) else (),
+            mark=Mark(0, marks),
+            types=types,
+        )
+        for network in subtract(wanted.networks, wanted.subnet)
     )
 
 
-def rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
-    """What can rewrite the source of a class of packets, each rule with what it depends on; empty
-    where no rule can."""
+def rewriters(hooks: Sequence[Hook], packets: Sequence[Packet]) -> tuple[Answer, ...]:
+    """What can rewrite the source of some classes of packets that differ in their destination: each
+    rule with what it depends on; empty where no rule can."""
+    if not packets:
+        return ()
+    together = merge(pair for one in packets for pair in one.destination)
+    if not _rewriters(hooks, replace(packets[0], destination=together)):
+        return ()  # which is so on most nodes, and one walk instead of many
+    found = [answer for one in packets for answer in _rewriters(hooks, one)]
+    return tuple({answer.place: answer for answer in reversed(found)}.values())[::-1]
+
+
+def _rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
     return tuple(one for one in trace(hooks, packet).answers if not (one.kept or one.dropped))
 
 

@@ -15,6 +15,7 @@ from snatd.core.packet import (
     LOSE_MARK,
     PROTOCOLS,
     Action,
+    Check,
     Device,
     Field,
     Jump,
@@ -26,7 +27,6 @@ from snatd.core.packet import (
     SetMark,
     Snat,
     Step,
-    Test,
     Unknown,
     Verdict,
     Within,
@@ -68,35 +68,35 @@ def step(number: int, text: str, chains: Collection[str]) -> Step:
     except RuleError:
         return Step(number, text, (Unknown(),))
     action = _action(spec.target, chains) if spec.target else None
-    return Step(number, text, (*_tests(spec), *([] if action is None else [action])))
+    return Step(number, text, (*_checks(spec), *([] if action is None else [action])))
 
 
-def _tests(spec: Spec) -> Iterator[Test]:
+def _checks(spec: Spec) -> Iterator[Check]:
     for option, side, prefix, negated in (
         ("-s", Field.SOURCE, spec.source, spec.source_negated),
         ("-d", Field.DESTINATION, spec.destination, spec.destination_negated),
     ):
         if prefix is not None:
-            yield Test(
+            yield Check(
                 f"{'! ' * negated}{option} {prefix}", Within(side, addresses((prefix,))), negated
             )
     if spec.out is not None:
         name = spec.out.value
         pattern = f"{name[:-1]}*" if name.endswith("+") else name
         text = f"{'! ' * spec.out.negated}-o {name}"
-        yield Test(text, Device(True, (pattern,)), spec.out.negated)
+        yield Check(text, Device(True, (pattern,)), spec.out.negated)
     for module, options in _modules(spec.others):
         if module in _OPTIONS_APART:
             for option in options:
-                yield _test(f"-m {module} {option}", module, option)
+                yield _check(f"-m {module} {option}", module, option)
         elif module == "-p":
-            yield _test(options[0], module, options[0])
+            yield _check(options[0], module, options[0])
         elif module == "addrtype" and not any("limit-iface" in one for one in options):
             for option in options:
-                yield _test(f"-m addrtype {option}", module, option)
+                yield _check(f"-m addrtype {option}", module, option)
         else:
             text = " ".join((f"-m {module}", *options))
-            yield _test(text, module, options[0] if len(options) == 1 else "")
+            yield _check(text, module, options[0] if len(options) == 1 else "")
 
 
 def _modules(chunks: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -116,7 +116,7 @@ def _modules(chunks: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield module, options
 
 
-def _test(text: str, module: str, option: str) -> Test:
+def _check(text: str, module: str, option: str) -> Check:
     words = [token.value for token in tokens(option)]
     negated = bool(words) and words[0] == "!"
     words = words[negated:]
@@ -124,7 +124,7 @@ def _test(text: str, module: str, option: str) -> Test:
         what = _what(module, words[0], words[1]) if len(words) == 2 else None
     except ValueError:
         what = None
-    return Test(text, True if module == "comment" else what, negated and module != "comment")
+    return Check(text, True if module == "comment" else what, negated and module != "comment")
 
 
 def _what(module: str, option: str, value: str) -> Within | Marked | OfType | bool | None:

@@ -6,6 +6,7 @@ datagrams are sent from here and not by python-systemd, whose send waits for a s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import socket
@@ -100,14 +101,33 @@ def _native(_: Any, __: str, event: Event) -> str:
         "MESSAGE": f"{name}: {_sentence(event)}" if event else name,
         "PRIORITY": str(event.pop("priority", _PRIORITIES[level])),
         "SYSLOG_IDENTIFIER": "snatd",
+        "MESSAGE_ID": message_id(name),
         "SNATD_EVENT": name,
     }
-    fields |= {f"SNATD_{key.upper()}": _text(value) for key, value in event.items()}
-    return "".join(f"{key}={value}\n" for key, value in fields.items())
+    if (duration_ms := event.pop("duration_ms", None)) is not None:
+        # The journal's own times are in microseconds, and their names say so.
+        event["duration_usec"] = round(duration_ms * 1000)
+    lines = [f"{key}={value}" for key, value in fields.items()]
+    for key, value in event.items():
+        # A field may be there several times, so that a search for any of its values finds it.
+        for one in value if isinstance(value, list) else (value,):
+            lines.append(f"SNATD_{key.upper()}={_text(one)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def message_id(event: str) -> str:
+    """The journal's name for a kind of event: `journalctl -x` finds its text by it. It follows from
+    the event's name, so it is the same in every version; systemd/snatd.catalog holds them all."""
+    return hashlib.blake2b(f"snatd {event}".encode(), digest_size=16).hexdigest()
 
 
 def _sentence(event: Event) -> str:
-    return " ".join(f"{key}={_text(value)}" for key, value in event.items() if key != "priority")
+    """What a person reads. The parts of `writer` are there for programs."""
+    return " ".join(
+        f"{key}={_text(value)}"
+        for key, value in event.items()
+        if key != "priority" and not key.startswith("writer_")
+    )
 
 
 def _text(value: Any) -> str:

@@ -38,6 +38,11 @@ def read(runtime_dir: Path) -> dict[str, Any] | None:
 
 
 def _started_ticks(pid: int) -> int:
-    """proc(5): field 22 of stat, ticks since boot. The name in field 2 may hold anything."""
-    stat = Path(f"/proc/{int(pid)}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[19])
+    """proc(5): field 22 of stat, ticks since boot. The name in field 2 may hold anything.
+
+    Raises OSError where there is no such process, or only its remains.
+    """
+    stat = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    if stat[0] in "ZX":
+        raise ProcessLookupError(f"{pid} has ended, and nobody has asked for its exit status yet")
+    return int(stat[19])

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from snatd.core.model import Family
-from snatd.kernel import peek
+from snatd.kernel import origin, peek
 
 _NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
@@ -30,13 +30,15 @@ _DATAGRAMS_A_TURN = 2000
 
 @dataclass(frozen=True)
 class Writer:
-    """Who committed a change, as the kernel tells it. `/proc/<pid>` may be gone already."""
+    """Who committed a change, as the kernel tells it. `of` is its unit or its parent's name, None
+    if it was gone already."""
 
     pid: int
     comm: str
+    of: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.comm} (pid {self.pid})"
+        return f"{self.comm} (pid {self.pid})" + (f" of {self.of}" if self.of else "")
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,11 @@ class NftEar:
         generation = _GENERATION.search(datagram)
         if generation is None:
             return
-        writer = Writer(int.from_bytes(generation[1], "big"), _printable(generation[2]))
+        pid, comm = int.from_bytes(generation[1], "big"), generation[2]
         pending, self._pending = self._pending, False
-        if pending and writer.pid not in self._own_pids:
-            yield Event(self.source, writer)
+        if pending and pid not in self._own_pids:
+            # Now, while it lives: it has committed, and has its answer still to read.
+            yield Event(self.source, Writer(pid, _printable(comm), origin.of(pid, comm)))
 
 
 def _is_relevant(datagram: bytes) -> bool:

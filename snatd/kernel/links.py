@@ -28,10 +28,8 @@ _UNICAST, _LOCAL, _BROADCAST = 1, 2, 3
 # NUD_INCOMPLETE, NUD_FAILED: somebody was looked for there and did not answer. The answer to an
 # earlier probe leaves such an entry for the address that it was sent from.
 _NOBODY = (0x01, 0x20)
-# IFA_F_SECONDARY (in IPv6 the same bit is IFA_F_TEMPORARY), OPTIMISTIC, DEPRECATED; and those with
-# which an IPv6 address is no source: DADFAILED, TENTATIVE without OPTIMISTIC.
-_SECOND_CHOICE = 0x01 | 0x04 | 0x20
-_OPTIMISTIC, _DAD_FAILED, _TENTATIVE = 0x04, 0x08, 0x40
+# linux/if_addr.h. The first is called secondary in IPv4, temporary in IPv6.
+_SECONDARY, _OPTIMISTIC, _DAD_FAILED, _DEPRECATED, _TENTATIVE = 0x01, 0x04, 0x08, 0x20, 0x40
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _NO_IPV6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 
@@ -158,18 +156,22 @@ def read_sources(
         for message in netlink.get_addr(family=_DOMAINS[family]):
             peer = message.get_attr("IFA_ADDRESS")
             address = message.get_attr("IFA_LOCAL") or peer
+            if address is None:
+                continue
             flags = message.get_attr("IFA_FLAGS") or message["flags"]
-            unusable = flags & _DAD_FAILED or flags & (_TENTATIVE | _OPTIMISTIC) == _TENTATIVE
-            if address is not None and not (family is Family.V6 and unusable):
-                carried.append(
-                    DeviceAddress(
-                        names.get(message["index"], ""),
-                        ipaddress.ip_address(address),
-                        ipaddress.ip_interface(f"{peer or address}/{message['prefixlen']}"),
-                        message["scope"] == 0,
-                        bool(flags & _SECOND_CHOICE),
-                    )
+            v4 = family is Family.V4
+            if not v4 and (flags & _DAD_FAILED or flags & (_TENTATIVE | _OPTIMISTIC) == _TENTATIVE):
+                continue
+            carried.append(
+                DeviceAddress(
+                    names.get(message["index"], ""),
+                    ipaddress.ip_address(address),
+                    ipaddress.ip_interface(f"{peer or address}/{message['prefixlen']}"),
+                    universal=message["scope"] == 0,
+                    second_choice=bool(flags & (_SECONDARY if v4 else _DEPRECATED | _OPTIMISTIC)),
+                    temporary=bool(not v4 and flags & _SECONDARY),
                 )
+            )
         for message in netlink.get_routes(family=_DOMAINS[family], table=_LOCAL_TABLE):
             if message["type"] in types and (prefix := message.get_attr("RTA_DST")):
                 network = ipaddress.ip_network(f"{prefix}/{message['dst_len']}")

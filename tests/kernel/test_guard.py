@@ -215,6 +215,7 @@ def guard_of(node: Node, family: str = "ip") -> str:
         "nft insert rule ip snatd postrouting masquerade",
         "nft add rule ip snatd postrouting return",
         "nft add chain ip snatd extra",
+        "nft add table ip snatd '{ flags dormant; }'",
         "nft add set ip snatd extra { type ipv4_addr\\; }",
         "nft delete table ip snatd; nft add table ip snatd;"
         " nft add chain ip snatd postrouting { type nat hook postrouting priority 200\\; }",
@@ -233,6 +234,20 @@ def test_whatever_is_done_to_it_it_is_made_again(nft_lab: Lab, tmp_path: Path, a
         until(lambda: (guard_of(node), guard_of(node, "ip6")) == before, "the same guards")
         until(lambda: snatd.status()["in_sync"], "in sync")
     promises_hold(nft_lab, v6=True)
+
+
+def test_taken_away_again_right_behind_the_repair(nft_lab: Lab, tmp_path: Path) -> None:
+    """What is heard while a pass is on its way is looked at after it, at whatever moment."""
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    with Snatd(node.host, tmp_path, resync=3600) as snatd:
+        snatd.start()
+        for turn in range(24):
+            node.host.run("nft", "delete", "table", "ip", "snatd")
+            until(lambda: guard_of(node), "the guard")
+            time.sleep(turn % 12 * 0.004)  # somewhere in the rest of the pass
+        node.host.run("nft", "delete", "table", "ip", "snatd")
+        until(lambda: guard_of(node), "the guard")
 
 
 def test_it_stands_before_the_bridge_does(nft_lab: Lab, tmp_path: Path) -> None:
@@ -284,7 +299,7 @@ def test_off_removes_it(nft_lab: Lab, tmp_path: Path) -> None:
             "family": "ipv4",
             "in_place": False,
             "connections": None,
-            "why_not": None,
+            "why_not": "off",
         }
 
 
@@ -408,6 +423,8 @@ KUBE = """
         ("0x8000", None, False),
         ("0x8000", ["0x8000"], True),
         ("0x4000", [], False),
+        # nft prints a mask of the highest bits in another way.
+        ("0x80000000", ["0x80000000"], True),
     ],
 )
 def test_a_mark_asks_for_masquerade(
@@ -419,6 +436,9 @@ def test_a_mark_asks_for_masquerade(
     more = {} if marks is None else {"masquerade_marks": marks}
     with Snatd(node.host, tmp_path, **more) as snatd:
         assert snatd.command("apply").returncode == 0
+        check = snatd.json("check")
+    assert check["in_sync"], "nft's own form of the mask is read back"
+    assert check["suspects"][0]["none"]
     seen = seen_by_udp(node.container, neighbour.container_address)
     assert seen == (node.address if masqueraded else node.container_address)
     # Only the marked kind.

@@ -248,6 +248,15 @@ def test_the_daemon_brings_the_file_in_line(lab: Lab, node: Node, v4: Path, snat
     assert sorted(os.listdir(v4.parent)) == ["rules.v4", "rules.v4.snatd-backup"]
 
 
+def test_it_needs_no_more_than_the_service_is_given(node: Node, v4: Path, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    v4.write_text(OLD.partition("COMMIT\n\n")[2])
+    snatd.program = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", SNATD)
+    snatd.start()
+    until(lambda: NARROW in v4.read_text(), "the file")
+    assert state(snatd)[0] in ("written", "in line")
+
+
 def test_the_daemon_looks_no_more_often_than_needed(v4: Path, snatd: Snatd) -> None:
     snatd.start()
     until(lambda: state(snatd)[0] == "in line", "the second look")

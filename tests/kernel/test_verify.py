@@ -72,8 +72,10 @@ def test_broad_then_narrowed(lab: Lab, node: Node, snatd: Snatd, tmp_path: Path)
         "seen_as": node.address,
         "kept": False,
         "inside": True,
-        "why": None,
+        "why": one["why"],
     }
+    # What `explain` says of the datagram.
+    assert one["why"].startswith(f"{FIRST} sees {node.address} (Docker, ")
     assert discard.sender() == node.address
     applied(node, tmp_path)
     (one,) = verified(snatd, exit_code=0)
@@ -89,7 +91,7 @@ def test_what_it_says(node: Node, snatd: Snatd, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[:2] == [
         f"{FIRST}  sent from {UNUSED}, seen as {UNUSED}: kept",
         "proved: a UDP datagram of this node with an address of the container subnet as its source "
-        "keeps it on its way to other nodes",
+        f"keeps it on its way to {FIRST}",
     ]
     assert "not proved: the same of a container's own packets" in done.stdout
     add(node, "-I", "POSTROUTING", *node.broad_rule)

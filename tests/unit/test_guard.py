@@ -186,6 +186,15 @@ def test_anything_else_is_written_again(changed: list[dict[str, Any]]) -> None:
     assert [reason.change for reason in transaction.reasons] == [Change.GUARD_WRITTEN]
 
 
+def test_a_dormant_table_is_none() -> None:
+    """Its rules are there, and the kernel does not ask them."""
+    output = printed(*STATEMENTS).replace('"handle": 2}', '"handle": 2, "flags": "dormant"}')
+    before = read(output)
+    transaction = plan_guard(wish(), before, Policy())
+    assert transaction is not None
+    assert guard_script(transaction).splitlines()[1] == "delete table ip snatd"
+
+
 def test_a_mask_of_the_highest_bits_is_printed_as_a_prefix() -> None:
     highest = match(MARK, prefix("", 1))
     highest["match"]["right"] = {"prefix": {"addr": 0, "len": 1}}

@@ -14,6 +14,7 @@ from snatd.core.rules import (
     own_jumps,
     parse,
     parse_listing,
+    parse_table,
     quote,
     tokens,
 )
@@ -274,3 +275,35 @@ def test_a_comment_invents_no_chain_of_ours(break_: str) -> None:
     comment = f'"x{break_}-N SNATD-INVENTED{break_}"'
     output = f"-P POSTROUTING ACCEPT\n-A POSTROUTING -m comment --comment {comment} -j RETURN\n"
     assert own_chains(output) == ()
+
+
+def test_a_table_is_read_chain_by_chain() -> None:
+    listing = (
+        "-P PREROUTING ACCEPT\n-P POSTROUTING DROP\n-N C\n"
+        '-A POSTROUTING -m comment --comment "two\nlines" -j C\n-A C\n-A POSTROUTING -g C\n'
+    )
+    chains, policies = parse_table(listing)
+    texts = {name: [rule.text for rule in rules] for name, rules in chains.items()}
+    assert texts == {
+        "PREROUTING": [],
+        "POSTROUTING": ['-m comment --comment "two\nlines" -j C', "-g C"],
+        "C": [""],
+    }
+    assert policies == {"PREROUTING": "ACCEPT", "POSTROUTING": "DROP"}
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        "",
+        "-P POSTROUTING ACCEPT\n-A POSTROUTING -j MASQ",
+        "-A POSTROUTING -j MASQUERADE\n",
+        "-P POSTROUTING ACCEPT\n-A FOO -j MASQUERADE\n",
+        "-P POSTROUTING ACCEPT\nwarning\n",
+        "-N \n",
+        '-P POSTROUTING ACCEPT\n-A POSTROUTING -m comment --comment "a\n',
+    ],
+)
+def test_a_table_that_is_not_whole_is_refused(listing: str) -> None:
+    with pytest.raises(RuleError):
+        parse_table(listing)

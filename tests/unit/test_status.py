@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from snatd.host.status import path_in, read, write
+from tests.lab.netns import until
 
 
 def changed(directory: Path, **changes: object) -> None:
@@ -37,6 +39,16 @@ def test_a_dead_daemons_word_does_not_count(tmp_path: Path) -> None:
     # Above the largest pid that Linux gives.
     changed(tmp_path, pid=2**22 + 1)
     assert read(tmp_path) is None
+
+
+def test_a_daemon_whose_exit_status_nobody_has_asked_for_is_dead(tmp_path: Path) -> None:
+    write(tmp_path, {})
+    with subprocess.Popen(["true"]) as child:
+        stat_file = Path(f"/proc/{child.pid}/stat")
+        until(lambda: stat_file.read_text().rpartition(") ")[2].startswith("Z"), "its end")
+        ticks = int(stat_file.read_text().rpartition(")")[2].split()[19])
+        changed(tmp_path, pid=child.pid, started_ticks=ticks)
+        assert read(tmp_path) is None
 
 
 def test_a_pid_given_to_another_process_is_another(tmp_path: Path) -> None:

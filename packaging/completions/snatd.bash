@@ -1,0 +1,26 @@
+# Completion of snatd for bash. A test compares it with the program's own parser.
+
+_snatd() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} options
+    case $before in
+        --config) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
+        --delete) mapfile -t COMPREPLY < <(compgen -W "udp all" -- "$word"); return ;;
+        --proto) mapfile -t COMPREPLY < <(compgen -W "tcp udp icmp" -- "$word"); return ;;
+        --out) mapfile -t COMPREPLY < <(cd /sys/class/net && compgen -f -- "$word"); return ;;
+        --confirm | --mark | --dport) return ;;
+    esac
+    if ((COMP_CWORD == 1)); then
+        options="run check apply confirm status revert flows verify explain --help --version"
+    else
+        case ${COMP_WORDS[1]} in
+            run) options="--help --config" ;;
+            check | confirm | status | revert | verify) options="--help --config --json" ;;
+            apply) options="--help --config --json --confirm" ;;
+            flows) options="--help --config --json --delete" ;;
+            explain) options="--help --config --json --out --mark --proto --dport" ;;
+            *) return ;;
+        esac
+    fi
+    mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
+}
+complete -o filenames -F _snatd snatd

@@ -1,0 +1,29 @@
+#compdef snatd
+# Completion of snatd for zsh. A test compares it with the program's own parser.
+
+local -a commands common
+commands=(
+    'run:run the daemon in the foreground'
+    'check:say what is wrong with the rules of this node, and change nothing'
+    'apply:put the rules of this node right once, and say what was done'
+    'confirm:keep what a waiting apply --confirm has done'
+    'status:show what the running daemon says of itself'
+    'revert:put back the rules that were there before'
+    'flows:list the connections whose container is still seen as somebody else'
+    'verify:send a datagram to each neighbour'
+    'explain:say who would rewrite the source of a packet'
+)
+common=('--help[show help]' '--config[configuration file]:file:_files')
+
+if (( CURRENT == 2 )); then
+    _describe command commands
+    _arguments '--help[show help]' '--version[show the version]'
+    return
+fi
+case $words[2] in
+    run) _arguments ':command:' $common ;;
+    check|confirm|status|revert|verify) _arguments ':command:' $common '--json[one JSON object]' ;;
+    apply) _arguments ':command:' $common '--json[one JSON object]' '--confirm[put everything back unless confirmed]:seconds:' ;;
+    flows) _arguments ':command:' $common '--json[one JSON object]' '--delete[delete these]:which:(udp all)' ;;
+    explain) _arguments ':command:' $common '--json[one JSON object]' '--out[device it leaves by]:device:_net_interfaces' '--mark[its mark]:mark:' '--proto[its protocol]:protocol:(tcp udp icmp)' '--dport[destination port]:port:' ;;
+esac

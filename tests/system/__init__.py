@@ -1,0 +1,1 @@
+"""The packages, really installed on a booted systemd."""

@@ -1,0 +1,148 @@
+"""System tests install the built packages into booted machines of their own.
+
+Where they cannot run they fail; they are never skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import snatd
+from tests.system import tree
+from tests.system.machine import Machine, own_mount_namespace
+from tests.system.node import Node
+
+PROJECT = Path(snatd.__file__).parents[1]
+_FOLDER = "snatd-system-"
+NEXT = f"{snatd.__version__}+next"
+
+
+@dataclass(frozen=True)
+class Packages:
+    """What was built of the working tree: this version, and the same as the next one."""
+
+    deb: Path
+    next_deb: Path
+    rpm: Path
+    next_rpm: Path
+    legacy_rpm: Path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _root() -> None:
+    if os.geteuid() != 0:
+        pytest.exit("the system tests boot machines: run them as root", 1)
+
+
+@pytest.fixture(scope="session")
+def work(_root: None) -> Iterator[Path]:
+    """Memory, mounted for this process alone: however it ends, nothing of it is left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        # The empty mount point of a run that was killed; never that of one that runs.
+        if not Path("/proc", left.name.removeprefix(_FOLDER).partition("-")[0]).exists():
+            left.rmdir()
+    own_mount_namespace()
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-") as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+        yield Path(folder)
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def commit() -> str:
+    """The last commit with the changes of the working tree on top, as a commit of its own."""
+    git = ["git", "-c", "safe.directory=*", "-c", "user.name=x", "-c", "user.email=x@invalid"]
+    stash = subprocess.run(
+        [*git, "stash", "create"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    return stash.stdout.strip() or "HEAD"
+
+
+def build(script: str, *words: str) -> Path:
+    """Runs a build script; the path that it prints last."""
+    done = subprocess.run(
+        [PROJECT / script, *words], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="session")
+def packages(work: Path, commit: str) -> Packages:
+    output = str(work / "packages")
+    return Packages(
+        deb=build("packaging/deb", output, commit),
+        next_deb=build("packaging/deb", output, commit, NEXT),
+        rpm=build("packaging/rpm/build", output, commit),
+        next_rpm=build("packaging/rpm/build", output, commit, NEXT),
+        legacy_rpm=build("packaging/rpm/build-legacy", output, commit),
+    )
+
+
+@pytest.fixture(scope="session", params=["bookworm", "trixie"])
+def base(request: pytest.FixtureRequest, work: Path) -> Path:
+    """The tree of a suite, without snatd."""
+    return tree.unpack(str(request.param), work / str(request.param))
+
+
+@pytest.fixture(scope="session")
+def installed(base: Path, packages: Packages, work: Path) -> list[Path]:
+    """The same with the package installed in it while it ran."""
+    folder = work / f"{base.name}-installed"
+    node = Node([base], folder)
+    try:
+        node.boot()
+        install(node.machine, packages.deb)
+        node.machine.power_off()
+    finally:
+        node.close()
+    return [folder / "upper", base]
+
+
+def install(machine: Machine, *packages: Path) -> str:
+    """Really, by apt, which needs no network for it: what it depends on is there."""
+    names = machine.copy(*packages)
+    return machine.run("apt-get", "install", "-y", "-q", "--no-install-recommends", *names)
+
+
+@pytest.fixture
+def folder(work: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def bare(base: Path, folder: Path) -> Iterator[Node]:
+    """A node without snatd, up."""
+    node = Node([base], folder)
+    try:
+        node.boot()
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture
+def off(installed: list[Path], folder: Path) -> Iterator[Node]:
+    """A node with snatd installed, not started yet."""
+    node = Node(installed, folder)
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture
+def node(off: Node) -> Node:
+    """A node with snatd running and all there: network, container, lease."""
+    off.boot()
+    off.network()
+    off.lease()
+    return off
