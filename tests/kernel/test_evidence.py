@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGHUP
@@ -10,42 +9,10 @@ from signal import SIGHUP
 import pytest
 
 from tests.kernel.test_packets import add
-from tests.lab.netns import Namespace, until
+from tests.lab.netns import until
 from tests.lab.network import Lab, Node
 from tests.lab.process import Snatd
-from tests.lab.who import PORT, seen_by_udp
-
-
-class Udp:
-    """One UDP flow that goes on: the same socket each time."""
-
-    def __init__(self, host: Namespace, destination: str) -> None:
-        with host.entered():
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.settimeout(2)
-        self._destination = destination
-
-    def seen_as(self) -> str:
-        self._socket.sendto(b"who", (self._destination, PORT))
-        return self._socket.recv(64).decode()
-
-
-class Discard:
-    """The discard port of a neighbour, which a probe is sent to."""
-
-    def __init__(self, host: Namespace) -> None:
-        with host.entered():
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            self._socket.bind(("", 9))
-        self.heard = 0
-
-    def count(self) -> int:
-        try:
-            while True:
-                self._socket.recv(64)
-                self.heard += 1
-        except BlockingIOError:
-            return self.heard
+from tests.lab.who import Discard, Udp, seen_by_udp
 
 
 @pytest.fixture
@@ -63,7 +30,7 @@ def snatd(node: Node, tmp_path: Path) -> Iterator[Snatd]:
 
 
 def test_proved_by_a_datagram_and_said_with_its_time(lab: Lab, node: Node, snatd: Snatd) -> None:
-    discard = Discard(lab.nodes[1].host)
+    discard = Discard(lab.nodes[1].host, "172.7.22.1")
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     snatd.start()
     until(lambda: snatd.status()["proof"]["proved_at"], "the proof")
@@ -83,7 +50,7 @@ def test_proved_by_a_datagram_and_said_with_its_time(lab: Lab, node: Node, snatd
 
 
 def test_no_probe_where_none_is_wanted(lab: Lab, node: Node, snatd: Snatd) -> None:
-    discard = Discard(lab.nodes[1].host)
+    discard = Discard(lab.nodes[1].host, "172.7.22.1")
     snatd.write_config(probe="off")
     snatd.start()
     add(node, "-I", "POSTROUTING", *node.broad_rule)

@@ -24,24 +24,9 @@ from tests.kernel.test_packets import add, applied
 from tests.lab.netns import Namespace, until
 from tests.lab.network import OUTSIDE, Lab, Node
 from tests.lab.process import Snatd
-from tests.lab.who import PORT, seen_by, seen_by_udp
+from tests.lab.who import PORT, Udp, seen_by, seen_by_udp
 
 VIP = "10.96.0.1"
-
-
-class Udp:
-    """A UDP flow that stays: one socket that asks a WhoServer as whom it is seen."""
-
-    def __init__(self, host: Namespace, destination: str) -> None:
-        family = socket.AF_INET6 if ":" in destination else socket.AF_INET
-        with host.entered():
-            self.socket = socket.socket(family, socket.SOCK_DGRAM)
-        self.socket.settimeout(2)
-        self.socket.connect((destination, PORT))
-
-    def seen_as(self) -> str:
-        self.socket.send(b"who")
-        return self.socket.recv(64).decode()
 
 
 class Tcp:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,31 +15,10 @@ from tests.kernel.test_packets import add, applied
 from tests.lab.netns import Namespace
 from tests.lab.network import OUTSIDE, Lab, Node
 from tests.lab.process import Snatd
+from tests.lab.who import Discard
 
 UNUSED, UNUSED_V6 = "172.7.21.254", "fd00:7:21:0:ffff:ffff:ffff:fffe"
 FIRST, FIRST_V6 = "172.7.22.1", "fd00:7:22::1"
-
-
-class Discard:
-    """The discard port of an address, and who sent something there."""
-
-    def __init__(self, host: Namespace, address: str) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with host.entered():
-            self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        self._socket.bind((address, 9))
-        self._socket.settimeout(2)
-
-    def sender(self) -> str:
-        return str(self._socket.recvfrom(100)[1][0])
-
-    def is_silent(self) -> bool:
-        self._socket.setblocking(False)
-        try:
-            self._socket.recv(100)
-        except BlockingIOError:
-            return True
-        return False
 
 
 @pytest.fixture
@@ -82,7 +60,7 @@ def test_broad_then_narrowed(lab: Lab, node: Node, snatd: Snatd, tmp_path: Path)
     assert (one["sent_from"], one["seen_as"], one["kept"]) == (UNUSED, UNUSED, True)
     assert discard.sender() == UNUSED
     assert entries(node.host) == set(), "a probe leaves nothing"
-    assert discard.is_silent(), "one datagram a command"
+    assert discard.count() == 0, "one datagram a command"
 
 
 def test_what_it_says(node: Node, snatd: Snatd, tmp_path: Path) -> None:
@@ -141,7 +119,7 @@ def test_a_firewall_drops_it(lab: Lab, node: Node, snatd: Snatd) -> None:
         assert (one["seen_as"], one["kept"]) == (None, None)
         assert "a firewall rule of this node drops it" in one["why"]
         node.host.run("iptables", "-w", "5", "-t", "mangle", "-D", *rule)
-    assert discard.is_silent()
+    assert discard.count() == 0
 
 
 def test_untracked_is_no_answer(lab: Lab, node: Node, snatd: Snatd) -> None:

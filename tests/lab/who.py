@@ -141,3 +141,40 @@ def census(
                 seen[destination, answer] += 1
             number += 1
     return seen
+
+
+class Udp:
+    """A UDP flow that goes on: one socket that asks a WhoServer as whom it is seen."""
+
+    def __init__(self, host: Namespace, destination: str) -> None:
+        with host.entered():
+            self.socket = socket.socket(_family(destination), socket.SOCK_DGRAM)
+        self.socket.settimeout(2)
+        self.socket.connect((destination, PORT))
+
+    def seen_as(self) -> str:
+        self.socket.send(b"who")
+        return self.socket.recv(64).decode()
+
+
+class Discard:
+    """The discard port of an address, and who sent something there."""
+
+    def __init__(self, host: Namespace, address: str) -> None:
+        with host.entered():
+            self._socket = socket.socket(_family(address), socket.SOCK_DGRAM)
+        self._socket.bind((address, 9))
+        self._socket.settimeout(2)
+
+    def sender(self) -> str:
+        return str(self._socket.recvfrom(100)[1][0])
+
+    def count(self) -> int:
+        """How many datagrams are there that nobody asked for yet."""
+        self._socket.setblocking(False)
+        heard = 0
+        with suppress(BlockingIOError):
+            while self._socket.recv(100):
+                heard += 1
+        self._socket.settimeout(2)
+        return heard
