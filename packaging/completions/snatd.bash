@@ -10,12 +10,13 @@ _snatd() {
         --confirm | --mark | --dport) return ;;
     esac
     if ((COMP_CWORD == 1)); then
-        options="run check apply confirm status revert flows verify explain --help --version"
+        options="run check apply confirm status save revert flows verify explain --help --version"
     else
         case ${COMP_WORDS[1]} in
             run) options="--help --config" ;;
             check | confirm | status | revert | verify) options="--help --config --json" ;;
             apply) options="--help --config --json --confirm" ;;
+            save) options="--help --config --json --dry-run --full --without-dynamic" ;;
             flows) options="--help --config --json --delete" ;;
             explain) options="--help --config --json --out --mark --proto --dport" ;;
             *) return ;;

@@ -8,6 +8,7 @@ commands=(
     'apply:put the rules of this node right once, and say what was done'
     'confirm:keep what a waiting apply --confirm has done'
     'status:show what the running daemon says of itself'
+    'save:bring the saved rules files in line, and show what was changed'
     'revert:put back the rules that were there before'
     'flows:list the connections whose container is still seen as somebody else'
     'verify:send a datagram to each neighbour'
@@ -24,6 +25,7 @@ case $words[2] in
     run) _arguments ':command:' $common ;;
     check|confirm|status|revert|verify) _arguments ':command:' $common '--json[one JSON object]' ;;
     apply) _arguments ':command:' $common '--json[one JSON object]' '--confirm[put everything back unless confirmed]:seconds:' ;;
+    save) _arguments ':command:' $common '--json[one JSON object]' '--dry-run[only show it]' '--full[save all live rules]' '--without-dynamic[leave out the chains of Docker, Kubernetes and CNI]' ;;
     flows) _arguments ':command:' $common '--json[one JSON object]' '--delete[delete these]:which:(udp all)' ;;
     explain) _arguments ':command:' $common '--json[one JSON object]' '--out[device it leaves by]:device:_net_interfaces' '--mark[its mark]:mark:' '--proto[its protocol]:protocol:(tcp udp icmp)' '--dport[destination port]:port:' ;;
 esac
