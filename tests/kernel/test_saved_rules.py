@@ -254,7 +254,7 @@ def test_it_needs_no_more_than_the_service_is_given(node: Node, v4: Path, snatd:
     snatd.program = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", SNATD)
     snatd.start()
     until(lambda: NARROW in v4.read_text(), "the file")
-    assert state(snatd)[0] in ("written", "in line")
+    until(lambda: state(snatd)[0] in ("written", "in line"), "the word of it")
 
 
 def test_the_daemon_looks_no_more_often_than_needed(v4: Path, snatd: Snatd) -> None:
