@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import snatd
-from snatd import cli, config
+from snatd import arguments, config
 
 PACKAGING = Path(snatd.__file__).parents[1] / "packaging"
 
@@ -19,7 +19,7 @@ Options = dict[str, frozenset[str]]
 
 def of_the_parser() -> Options:
     """Commands with their long options."""
-    parser = cli._parser()
+    parser = arguments.parser()
     (commands,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
     return {
         name: frozenset(
