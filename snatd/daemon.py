@@ -323,6 +323,8 @@ class Daemon:
             return
         # A quick rival undoes a write before it is read back: one repair to a reader.
         for one in dict.fromkeys(applied):
+            # nf_tables names who wrote to it, and so nobody who wrote to a legacy table.
+            named = () if one.backend is Backend.LEGACY else tuple(writers)
             for reason in one.reasons:
                 self._log.info(
                     reason.change.value,
@@ -333,10 +335,10 @@ class Daemon:
                     removed=list(one.removed) or None,
                     why=reason.why,
                     trigger=",".join(triggers) or "resync",
-                    writer=names,
-                    writer_comm=[writer.comm for writer in writers] or None,
-                    writer_pid=[writer.pid for writer in writers] or None,
-                    writer_unit=[writer.of for writer in writers if writer.of] or None,
+                    writer=join(named) if named else None,
+                    writer_comm=[writer.comm for writer in named] or None,
+                    writer_pid=[writer.pid for writer in named] or None,
+                    writer_unit=[writer.of for writer in named if writer.of] or None,
                     duration_ms=round(duration_s * 1000, 1),
                 )
 
