@@ -350,6 +350,15 @@ def _verify(options: argparse.Namespace) -> int:
     return _answer(options, verify(settings, options.destinations))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from snatd.doctor import doctor
+    from snatd.node import require_permission
+
+    settings = config.load(options.config)
+    require_permission()
+    return _answer(options, doctor(settings))
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
@@ -361,6 +370,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "flows": _flows,
     "verify": _verify,
     "explain": _explain,
+    "doctor": _doctor,
 }
 
 

@@ -109,7 +109,7 @@ def test_only_the_wiring_knows_both_sides() -> None:
             any(inside(i, side) for i in imports(path)) for side in ("snatd.host", "snatd.kernel")
         )
     ]
-    assert set(both) <= {"snatd.node", "snatd.daemon", "snatd.cli", "snatd.facts"}
+    assert set(both) <= {"snatd.node", "snatd.daemon", "snatd.cli", "snatd.facts", "snatd.doctor"}
 
 
 def test_there_is_something_to_look_at() -> None:
