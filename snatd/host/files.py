@@ -58,6 +58,18 @@ def open_regular(path: Path) -> int | None:
     return None
 
 
+def read_bounded(path: Path, largest_bytes: int) -> bytes:
+    """A file's content. Never blocks. Raises OSError, FileRefused."""
+    descriptor = open_regular(path)
+    if descriptor is None:
+        raise FileRefused("not a regular file")
+    with open(descriptor, "rb") as file:
+        content = file.read(largest_bytes + 1)
+    if len(content) > largest_bytes:
+        raise FileRefused(f"larger than {largest_bytes >> 10} KiB")
+    return content
+
+
 def read_original(path: Path, largest_bytes: int) -> Original:
     """A file behind whatever symlinks. Raises OSError, FileRefused."""
     real = Path(os.path.realpath(path))
