@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from snatd import doctor_rivals
 from snatd.config import Config
 from snatd.core import way
 from snatd.core.deadline import Deadline
@@ -81,7 +82,11 @@ def _problems(examined: Examined) -> Found:
 
 
 # Each is asked; the gravest answer comes first.
-_CHECKS: tuple[Callable[[Examined], Found], ...] = (_problems, _forwarding)
+_CHECKS: tuple[Callable[[Examined], Found], ...] = (
+    _problems,
+    _forwarding,
+    *doctor_rivals.CHECKS,
+)
 
 
 def _made(check: Callable[[Examined], Found], examined: Examined) -> Found:
