@@ -180,10 +180,6 @@ METRICS = (
     ("events_total", "counter", "Reasons to look, by where they were heard."),
     ("event_overflow_total", "counter", "Times that the kernel dropped events; each is a look."),
     ("lock_wait_seconds", "summary", "How long the xtables lock was waited for."),
-    (
-        "guard_connections_total",
-        "counter",
-        "Connections whose address the guard kept.",
-    ),
+    ("guard_connections_total", "counter", "Connections whose address the guard kept."),
     ("stale_flows", "gauge", "Connections that are seen as somebody else."),
 )
