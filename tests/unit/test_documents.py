@@ -9,7 +9,10 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import snatd
+from docs import manual
 from snatd import arguments, config
 
 PACKAGING = Path(snatd.__file__).parents[1] / "packaging"
@@ -98,3 +101,10 @@ def test_the_manual_knows_each_key() -> None:
     manual = (PACKAGING / "man" / "snatd.toml.5").read_text()
     keys = re.findall(r"^\.It Ic (\w+)$", manual, re.MULTILINE)
     assert sorted(keys) == sorted(one.name for one in fields(config.Config))
+
+
+@pytest.mark.parametrize("page", manual.PAGES, ids=lambda page: page.name)
+def test_the_lists_of_the_manual_are_up_to_date(page: Path) -> None:
+    """`make manual` makes them."""
+    assert page.read_text() == manual.renewed(page.read_text())
+    assert page.read_text().count('.\\" end\n') >= 1
