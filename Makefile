@@ -14,7 +14,7 @@ PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject py
 	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
 SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
 
-.PHONY: help venv demo test test-system bench deb rpm clean packages
+.PHONY: help venv demo test test-system bench manual pictures deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +70,12 @@ test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 1
 
 bench: $(BIN)/.complete  ## measure, and print a table
 	@$(BIN)/python -m tests.bench
+
+manual: venv  ## bring the lists in the man pages up to date with the README and the code
+	@$(BIN)/python -m docs.manual
+
+pictures: venv  ## draw docs/demo.svg and docs/status.svg anew, from a real run
+	@$(BIN)/python -m docs.pictures
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

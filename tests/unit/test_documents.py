@@ -10,7 +10,10 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import snatd
+from docs import manual
 from snatd import arguments, config
 from tests.lab.prometheus import DASHBOARD, RULES
 from tests.unit.test_counts import each_with_a_sample
@@ -122,13 +125,6 @@ def test_the_readme_knows_each_metric_with_type_and_labels() -> None:
     assert found == metrics_in_the_code()
 
 
-def test_the_manual_knows_each_metric_with_its_labels() -> None:
-    manual = (PACKAGING / "man" / "snatd.8").read_text()
-    rows = re.findall(r"^\.It Li (snatd_\w+)(?: Brq (.*))?$", manual, re.MULTILINE)
-    known = {name: labels for name, (_, labels) in metrics_in_the_code().items()}
-    assert {name: labels.replace(",", "") for name, labels in rows} == known
-
-
 def series_in_the_code() -> set[str]:
     """What a query may name."""
     suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
@@ -163,3 +159,10 @@ def test_the_dashboard_names_what_there_is() -> None:
     named = set(re.findall(r"snatd_\w+", " ".join(queries())))
     assert len(named) > 10
     assert named <= series_in_the_code()
+
+
+@pytest.mark.parametrize("page", manual.PAGES, ids=lambda page: page.name)
+def test_the_lists_of_the_manual_are_up_to_date(page: Path) -> None:
+    """`make manual` makes them."""
+    assert page.read_text() == manual.renewed(page.read_text())
+    assert page.read_text().count('.\\" end\n') >= 1
