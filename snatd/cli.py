@@ -233,6 +233,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _revert(options: argparse.Namespace) -> int:
     from snatd import saving
+    from snatd.host.metrics import MetricsFile
     from snatd.kernel.backends import iptables_is
     from snatd.kernel.restore import check_restore
     from snatd.node import require_permission
@@ -257,6 +258,10 @@ def _revert(options: argparse.Namespace) -> int:
             memory.forget()
         except OSError as error:
             problems.append(f"{memory.path} stays: {error.strerror}: remove it by hand")
+    try:
+        MetricsFile(settings.metrics_textfile).remove()
+    except OSError as error:
+        problems.append(f"{settings.metrics_textfile} stays: {error.strerror}: remove it by hand")
     instance.release()
     if options.json:
         changes = [report.transaction_document(one) for one in done]

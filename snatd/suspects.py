@@ -46,7 +46,7 @@ def find_suspects(
 
 
 def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -> Suspects:
-    # Imported here: pyroute2 costs 0.3 s, and whoever reads this module's answers does not need it.
+    # Imported here: pyroute2 costs 0.1 s, and whoever reads this module's answers does not need it.
     from snatd.kernel.links import read_sources
 
     try:

@@ -21,8 +21,7 @@ NO_IO = {
     *("subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid"),
 }
 NO_IO_CALLS = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
-# Each library in one module; pyroute2 in two, for links and for flows.
-MODULES_OF = {"pyroute2": 2, "iptc": 1, "sdnotify": 1, "watchdog": 1, "structlog": 1}
+MODULES_OF = {"pyroute2": 1, "iptc": 1, "sdnotify": 1, "watchdog": 1, "structlog": 1}
 
 
 def name(path: Path) -> str:
