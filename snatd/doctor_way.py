@@ -221,20 +221,14 @@ def _reverse_path(examined: Examined) -> Found:
         key = way.RP_FILTER.get(one.leased.family)
         if key is None or not one.tells:
             continue
-        met = [
-            way.Met(
-                hop,
-                there,
-                {
-                    where: read_sysctl(where)
-                    for where in (key.format("all"), key.format(there.device))
-                },
-                _ask(one.spare, _first(hop.destination), there.device).device is None,
-            )
-            for hop, there in way.met_elsewhere(one.there, one.around, one.bridge)[:_MOST_ROUTES]
-        ]
+        usable = [hop for hop in one.there if hop.kind == UNICAST]
+        others = []
+        for hop, device, met in way.aside(usable, one.around, one.bridge)[:_MOST_ROUTES]:
+            checks = {name: read_sysctl(name) for name in map(key.format, ("all", device))}
+            refused = _ask(one.spare, _first(hop.destination), device).device is None
+            others.append(way.Aside(hop, device, met, checks, refused))
         dropped = read_counter("TcpExt", "IPReversePathFilter")
-        yield from way.reverse_path(one.leased, met, dropped)
+        yield from way.reverse_path(one.leased, others, dropped)
 
 
 def _rules(examined: Examined) -> Found:

@@ -28,8 +28,10 @@ _LATELY_S = 60.0
 def routes(leased: Desired, around: Surroundings, links: Sequence[Link]) -> Iterator[Finding]:
     there = into(around.routes, leased.networks, leased.subnet)
     yield from _refusing(leased, there)
-    usable = [one for one in there if one.kind == UNICAST]
-    yield from _dead(usable)
+    alive = [one for one in there if one.kind == UNICAST]
+    dead = [one for one in alive if {"dead", "linkdown"} & {*one.flags}]
+    usable = [one for one in alive if one not in dead]
+    yield from _dead(dead)
     tunnels = {one.name: one for one in around.devices if one.vxlan is not None}
     yield from _silent([one for one in usable if one.device not in tunnels], around)
     yield from _off_link([one for one in usable if one.device not in tunnels], around, links)
@@ -58,8 +60,7 @@ def _refusing(leased: Desired, there: Sequence[Hop]) -> Iterator[Finding]:
         )
 
 
-def _dead(usable: Sequence[Hop]) -> Iterator[Finding]:
-    dead = [one for one in usable if {"dead", "linkdown"} & {*one.flags}]
+def _dead(dead: Sequence[Hop]) -> Iterator[Finding]:
     if dead:
         devices = list(dict.fromkeys(one.device for one in dead))
         yield Finding(
@@ -138,7 +139,7 @@ def _off_link(
             (
                 *(f"route {one}" for one in off[:_MOST]),
                 *(
-                    f"{name} is on {join(near.get(name, ()))}"
+                    f"{name} is on {join(list(dict.fromkeys(near.get(name, ()))))}"
                     for name in dict.fromkeys(one.device for one in off)
                 ),
             ),

@@ -280,54 +280,61 @@ _MOST = 4
 
 
 @dataclass(frozen=True)
-class Met:
-    """A neighbour behind whom a part of the networks is, met by another device than the one of the
-    route to him. `checks`: that device's values of rp_filter by key; `refused`: whether the kernel
-    refuses packets that come in there."""
+class Aside:
+    """A device that is not the one of a route to another node, and on which there are neighbours:
+    his packets may come in there. `met`: the node itself, if he was met there. `checks`: the values
+    of rp_filter by key; `refused`: whether the kernel refuses such packets."""
 
     hop: Hop
-    there: Neighbour
+    device: str
+    met: Neighbour | None
     checks: Mapping[str, str | None]
     refused: bool
 
+    @property
+    def bites(self) -> bool:
+        return self.refused and max(int(one or 0) for one in self.checks.values()) == _STRICT
 
-def met_elsewhere(
+
+def aside(
     routes: Sequence[Hop], around: Surroundings, bridge_name: str
-) -> tuple[tuple[Hop, Neighbour], ...]:
-    """For each route by a gateway the other devices by which the gateway was met lately."""
-    return tuple(
-        (hop, one)
-        for hop in routes
-        for one in around.neighbours
-        if one.address == hop.gateway
-        and one.answers
-        and one.device not in (hop.device, bridge_name)
-        and not one.address.is_link_local
-    )
+) -> tuple[tuple[Hop, str, Neighbour | None], ...]:
+    """For each device but the bridge the first route that leads elsewhere, one whose gateway was
+    met there if there is any."""
+    found: dict[str, tuple[Hop, str, Neighbour | None]] = {}
+    for one in around.neighbours:
+        if not one.answers or one.device == bridge_name or one.address.is_multicast:
+            continue
+        for hop in routes:
+            if hop.device not in (one.device, ""):
+                met = one if one.address == hop.gateway else None
+                if met or one.device not in found:
+                    found[one.device] = (hop, one.device, met)
+    return tuple(found.values())
 
 
-def reverse_path(leased: Desired, met: Sequence[Met], dropped: int) -> Iterator[Finding]:
-    """`dropped`: how many packets this namespace has dropped for that since it began."""
-    bitten = [
-        one
-        for one in met
-        if one.refused and max(int(value or 0) for value in one.checks.values()) == _STRICT
-    ]
+def reverse_path(leased: Desired, others: Sequence[Aside], dropped: int) -> Iterator[Finding]:
+    """`dropped`: how many packets this namespace has dropped for that since it began. From whom
+    they came is not known."""
+    bitten = [one for one in others if one.bites and (one.met or dropped)]
     if not bitten:
         return
+    met = [one for one in bitten if one.met]
     evidence: dict[str, None] = {}
-    for one in bitten[:_MOST]:
+    for one in (met or bitten)[:_MOST]:
         evidence[f"route {one.hop}"] = None
-        evidence[f"neighbour {one.there}"] = None
+        if one.met:
+            evidence[f"neighbour {one.met}"] = None
         evidence |= dict.fromkeys(f"{key} = {value}" for key, value in one.checks.items())
     if dropped:
         evidence[f"TcpExt IPReversePathFilter = {dropped} in /proc/net/netstat"] = None
-    devices = list(dict.fromkeys(one.there.device for one in bitten))
+    devices = [one.device for one in met or bitten]
     keys = [RP_FILTER[leased.family].format(device) for device in devices]
+    severity = Severity.ERROR if dropped else Severity.WARNING
     yield Finding(
         "reverse_path_filter",
-        Severity.ERROR if dropped else Severity.WARNING,
-        f"packets of other nodes' containers that come in by {join(devices)} are dropped",
+        severity if met else Severity.INFO,
+        f"packets of other nodes' containers are dropped if they come in by {join(devices)}",
         tuple(evidence),
         "the route back to them leaves by another device, and rp_filter is strict: of the two "
         "values the higher one counts",
