@@ -91,9 +91,9 @@ def _made(check: Callable[[Examined], Found], examined: Examined) -> Found:
             "not_looked",
             Severity.WARNING,
             "a part of this node could not be examined",
-            (f"{check.__name__.strip('_').replace('_', ' ')}: {error}",),
+            (str(error),),
             "what is wrong there stays unseen",
-            ("look at what the error says, then `snatd doctor` again",),
+            ("# look at what the error says, then `snatd doctor` again",),
         )
 
 

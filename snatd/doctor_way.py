@@ -96,11 +96,8 @@ def _legs(leased: Desired, there: tuple[Hop, ...]) -> tuple[Leg, ...]:
     for one in there:
         if one.kind == UNICAST and one.device not in ("", leased.bridge):
             inside = any(contains(some, one.destination) for some in leased.networks)
-            parts = (
-                [one.destination]
-                if inside
-                else [some for some in leased.networks if contains(one.destination, some)]
-            )
+            wide = [some for some in leased.networks if contains(one.destination, some)]
+            parts = subtract([one.destination] if inside else wide, leased.subnet)
             behind.setdefault(one.device, []).extend(parts)
     return tuple(Leg(device, tuple(dict.fromkeys(parts))) for device, parts in behind.items())
 
@@ -110,7 +107,7 @@ def _by_default(leased: Desired) -> tuple[Leg, ...]:
     from snatd.kernel.links import find_route
 
     for network in leased.networks:
-        for part in subtract((network,), leased.subnet):
+        for part in subtract((network,), leased.subnet)[:1]:
             found = find_route(_first(part))
             if found is not None and not found.local:
                 return (Leg(found.device, (part,)),)
@@ -209,7 +206,7 @@ def _policy(examined: Examined) -> Found:
 def _asked_of(one: Reached) -> list[tuple[Hop, way.Asked]]:
     asked = []
     for hop in one.there[:_MOST_ROUTES]:
-        destination = _first(hop.destination)
+        destination = _first(subtract((hop.destination,), one.leased.subnet)[0])
         led = one.around.route(destination)
         if hop.kind == UNICAST and led is not None and led.destination == hop.destination:
             asked.append((hop, _ask(destination, one.spare, one.bridge)))

@@ -165,11 +165,19 @@ class InState:
 
 
 @dataclass(frozen=True)
+class Flags:
+    """Of TCP: those of `among` that are set are these."""
+
+    among: frozenset[str]
+    set: frozenset[str]
+
+
+@dataclass(frozen=True)
 class CameRight:
     """Asked by rpfilter and nft's fib: that the route back leaves by the device it came in by."""
 
 
-Test = Within | Device | Marked | OfType | InState | CameRight
+Test = Within | Device | Marked | OfType | InState | Flags | CameRight
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,10 @@ def _found(what: Test | bool | None, packet: Packet, mark: Mark) -> bool | None:
     match what:
         case InState(states):
             return _in_state(states, packet)
+        case Flags(among, flags) if packet.protocol == PROTOCOLS["tcp"] and packet.state == NEW:
+            return {"SYN"} & among == flags
+        case Flags():
+            return None
         case CameRight():
             return packet.came_right
         case Within(field, ranges):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import Address, Backend, Family, Network, join
-from snatd.core.networks import subtract
 from snatd.core.packet import (
     ESTABLISHED,
     NEW,
@@ -42,7 +41,7 @@ _NFT_ADDRESS = {Family.V4: "ip", Family.V6: "ip6"}
 
 @dataclass(frozen=True)
 class Leg:
-    """Other nodes' containers, and the device by which their packets come and go."""
+    """Where other nodes' containers are, and the device by which their packets come and go."""
 
     device: str
     networks: tuple[Network, ...]
@@ -171,20 +170,23 @@ def dropped(rules: Rules, legs: Sequence[Leg]) -> Iterator[Finding]:
 
 def _look(rules: Rules, leg: Leg, state: str, losses: _Losses, *, to_containers: bool) -> None:
     """First all packets together, which pass on most nodes; then one for each subnet."""
-    leased = rules.leased
-    other = [part for one in leg.networks for part in subtract((one,), leased.subnet)]
-    if not other:
-        return
-    together = judge(rules.hooks, _packet(rules, leg, other, state, to_containers))
+    subnet = rules.leased.subnet
+    together = judge(rules.hooks, _packet(rules, leg, leg.networks, state, to_containers))
     if together.fate is Fate.PASSES:
         return
-    for one in other[:_MOST_SUBNETS]:
-        packet = _packet(rules, leg, [one], state, to_containers)
+    for one in leg.networks[:_MOST_SUBNETS]:
         there, here = _host(one), ((int(rules.spare), int(rules.spare)),)
         source, destination = (there, here) if to_containers else (here, there)
-        packet = replace(packet, source=source, destination=destination)
-        ends = (one, leased.subnet) if to_containers else (leased.subnet, one)
-        losses.look(packet, *ends)
+        ends = (one, subnet) if to_containers else (subnet, one)
+        # A firewall that lets pings through is one all the same.
+        for protocol in ("tcp", "udp"):
+            packet = replace(
+                _packet(rules, leg, [one], state, to_containers),
+                source=source,
+                destination=destination,
+                protocol=PROTOCOLS[protocol],
+            )
+            losses.look(packet, *ends)
 
 
 def _packet(

@@ -32,7 +32,13 @@ def routes(leased: Desired, around: Surroundings, links: Sequence[Link]) -> Iter
     dead = [one for one in alive if {"dead", "linkdown"} & {*one.flags}]
     usable = [one for one in alive if one not in dead]
     yield from _dead(dead)
-    tunnels = {one.name: one for one in around.devices if one.vxlan is not None}
+    used = {one.device for one in usable}
+    tunnels = {
+        one.name: one
+        for one in around.devices
+        if one.vxlan is not None and (one.name in used or one.name.startswith("flannel"))
+    }
+    yield from _overlay_down(leased, around)
     yield from _silent([one for one in usable if one.device not in tunnels], around)
     yield from _off_link([one for one in usable if one.device not in tunnels], around, links)
     yield from _tunnel(leased, usable, around, tunnels)
@@ -72,6 +78,22 @@ def _dead(dead: Sequence[Hop]) -> Iterator[Finding]:
             (
                 *(f"ip link set {shlex.quote(one)} up" for one in devices),
                 "# and look for the cable, or the device beneath it",
+            ),
+        )
+
+
+def _overlay_down(leased: Desired, around: Surroundings) -> Iterator[Finding]:
+    down = [one.name for one in around.devices if one.name.startswith("flannel") and not one.up]
+    if down:
+        yield Finding(
+            "overlay_down",
+            Severity.ERROR,
+            f"{join(down)} is switched off",
+            tuple(f"{one} is not up" for one in down),
+            f"with it all routes went, and nothing gets from {leased.subnet} to other nodes",
+            (
+                *(f"ip link set {shlex.quote(one)} up" for one in down),
+                "systemctl restart flanneld",
             ),
         )
 
@@ -158,7 +180,15 @@ def _tunnel(
     }
     ends = {(one.device, one.link_address) for one in around.tunnel_ends}
     missing: list[str] = []
-    lost: list[Network] = []
+    lost: list[Network | Address] = []
+    known = {link_address for link_address in neighbours.values() if link_address}
+    for one in around.tunnel_ends:
+        vxlan = tunnels[one.device].vxlan if one.device in tunnels else None
+        if vxlan is None or vxlan.asks or vxlan.local is None or one.link_address in known:
+            continue
+        if vxlan.local.version == leased.family.version and one.link_address != _ANYBODY:
+            missing.append(f"tunnel end {one}, but no neighbour has that address")
+            lost.append(one.node)
     for hop in usable:
         device = tunnels.get(hop.device)
         if device is None or device.vxlan is None or device.vxlan.asks or hop.gateway is None:
@@ -181,6 +211,9 @@ def _tunnel(
             ("systemctl restart flanneld",),
         )
     yield from _unrouted(leased, around, tunnels, ends)
+
+
+_ANYBODY = "00:00:00:00:00:00"
 
 
 def _unrouted(

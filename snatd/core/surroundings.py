@@ -98,6 +98,9 @@ class TunnelEnd:
     link_address: str
     node: Address
 
+    def __str__(self) -> str:
+        return f"{self.link_address} dev {self.device} dst {self.node}"
+
 
 @dataclass(frozen=True)
 class Surroundings:

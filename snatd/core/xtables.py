@@ -19,6 +19,7 @@ from snatd.core.packet import (
     Check,
     Device,
     Field,
+    Flags,
     InState,
     Jump,
     Marked,
@@ -130,6 +131,8 @@ def _check(text: str, module: str, option: str) -> Check:
     words = words[negated:]
     try:
         what = _what(module, words[0], words[1]) if len(words) == 2 else None
+        if len(words) == 3 and words[0] == "--tcp-flags":
+            what = Flags(*(frozenset(one.split(",")) - {"NONE"} for one in words[1:]))
     except ValueError:
         what = None
     return Check(text, True if module == "comment" else what, negated and module != "comment")

@@ -233,10 +233,12 @@ def _device(netlink: IPRoute, link: Any, names: dict[int, str]) -> Device:
 
 
 def _inner_mtu(netlink: IPRoute, link: Any) -> int | None:
-    where = link.get_attr("IFLA_LINK_NETNSID")
+    index, where = link.get_attr("IFLA_LINK"), link.get_attr("IFLA_LINK_NETNSID")
+    if not index or (where is not None and where < 0):
+        return None
     there = {} if where is None else {"IFLA_IF_NETNSID": where}
     try:
-        (other,) = netlink.link("get", index=link.get_attr("IFLA_LINK"), **there)
+        (other,) = netlink.link("get", index=index, **there)
     except (NetlinkError, ValueError):
         return None  # gone meanwhile, or in a namespace that we may not ask
     return int(other.get_attr("IFLA_MTU"))

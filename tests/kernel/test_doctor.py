@@ -1136,3 +1136,92 @@ def test_many_containers_and_what_a_look_takes(nft_lab: Lab, node: Node, snatd: 
     print(f"{took_s:.2f} s")
     assert took_s < 5
     pods.close()
+
+
+def test_the_tunnel_is_switched_off(nft_lab: Lab, vxlan: Node, vxlan_snatd: Snatd) -> None:
+    other = nft_lab.nodes[1]
+    vxlan.host.run("ip", "link", "set", "flannel.1", "down")
+    assert calls(nft_lab) == NEITHER
+    one = found(vxlan_snatd)["overlay_down"]
+    assert one["remedy"] == ["ip link set flannel.1 up", "systemctl restart flanneld"]
+    vxlan.host.shell(one["remedy"][0])
+    # Without flanneld only the tunnel's end is still there, which would stay unnoticed.
+    assert calls(nft_lab) == NEITHER
+    one = found(vxlan_snatd)["tunnel_incomplete"]
+    assert one["evidence"] == [
+        "tunnel end 02:00:00:00:00:22 dev flannel.1 dst 10.4.7.22, but no neighbour has that address"
+    ]
+    for command in (_NEIGHBOUR, _ROUTE):
+        vxlan.host.shell(_filled(command, other))
+    assert mended(nft_lab)
+    assert found(vxlan_snatd, 0) == {}
+
+
+def test_ufw_lets_pings_through(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    rules = [
+        "FORWARD -j ufw-before-forward",
+        "ufw-before-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "ufw-before-forward -p icmp -m icmp --icmp-type 8 -j ACCEPT",
+        "ufw-before-forward -p tcp ! --syn -m conntrack --ctstate NEW -j DROP",
+        "ufw-before-forward -j ufw-user-forward",
+        "ufw-user-forward -s 172.7.21.0/24 -i docker0 -j ACCEPT",
+    ]
+    lines = ["*filter", ":FORWARD DROP", ":ufw-before-forward -", ":ufw-user-forward -"]
+    script = "\n".join([*lines, *(f"-A {one}" for one in rules), "COMMIT", ""])
+    node.host.run("iptables-restore", "--noflush", stdin=script)
+    assert calls(nft_lab) == (True, False)
+    one = only(snatd, "inbound_dropped")
+    assert one["remedy"][-1] == (
+        "# to last: ufw route allow from 172.7.0.0/16 to 172.7.21.0/24, and back"
+    )
+    mend(node, one)
+    assert mended(nft_lab)
+    assert found(snatd, 0) == {}
+
+
+def test_firewalld(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    """The node's LAN is in its zone public, and docker0 in none: so in public too."""
+    zone = "filter_FORWARD_public"
+    node.host.run(
+        *("nft", "-f", "-"),
+        stdin=f"""table inet firewalld {{
+            chain filter_PREROUTING {{
+                type filter hook prerouting priority filter + 10; policy accept;
+                icmpv6 type {{ nd-router-advert, nd-neighbor-solicit }} accept
+                meta nfproto ipv6 fib saddr . mark . iif oif missing drop
+            }}
+            chain {zone}_deny {{ }}
+            chain {zone} {{
+                jump {zone}_deny
+                reject with icmpx admin-prohibited
+            }}
+            chain filter_FORWARD_POLICIES {{
+                iifname "docker0" oifname "eth0" accept
+                iifname "eth0" jump {zone}
+            }}
+            chain filter_FORWARD {{
+                type filter hook forward priority filter + 10; policy accept;
+                ct state {{ established, related }} accept
+                ct status dnat accept
+                iifname "lo" accept
+                ct state invalid drop
+                ip6 daddr {{ ::/96, 2002:a00::/24 }} reject with icmpv6 addr-unreachable
+                jump filter_FORWARD_POLICIES
+            }}
+        }}""",
+    )
+    node.write_lease(v6=True)
+    applied(node, snatd.folder / "again")
+    assert calls(nft_lab) == calls(nft_lab, v6=True) == (True, False)
+    all_found = json.loads(snatd.command("doctor", "--json").stdout)["findings"]
+    assert [one["name"] for one in all_found] == ["inbound_dropped"] * 2
+    for one in all_found:
+        assert one["evidence"] == [
+            f"inet firewalld {zone} rule 2 (written by firewalld): "
+            "reject with icmpx admin-prohibited"
+        ]
+        assert "firewall-cmd --permanent --zone=trusted" in one["remedy"][-1]
+        mend(node, one)
+    assert mended(nft_lab)
+    assert mended(nft_lab, v6=True)
+    assert found(snatd, 0) == {}
