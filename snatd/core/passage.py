@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from snatd.core.desired import Desired
@@ -92,11 +92,24 @@ def judge(hooks: Sequence[Hook], packet: Packet) -> Judged:
     return Judged(Fate.MAY, places, found.undecided)
 
 
+def judge_each(hooks: Sequence[Hook], packets: Mapping[str, Packet]) -> Judged:
+    """Of packets of several protocols: dropped if all are. A firewall that lets pings through is
+    one all the same, and one that lets a protocol through may be meant so."""
+    each = {protocol: judge(hooks, packet) for protocol, packet in packets.items()}
+    places = tuple(dict.fromkeys(place for one in each.values() for place in one.places))
+    fates = {one.fate for one in each.values()}
+    if len(fates) == 1 and Fate.MAY not in fates:
+        return Judged(fates.pop(), places)
+    why = [text for one in each.values() for text in one.why]
+    why += [f"-p {name}" for name, one in each.items() if one.fate is Fate.DROPPED]
+    return Judged(Fate.MAY, places, tuple(dict.fromkeys(why)))
+
+
 @dataclass(frozen=True)
 class _Loss:
-    """A packet that does not pass, or may not."""
+    """Packets that do not pass, or may not."""
 
-    packet: Packet
+    packets: Mapping[str, Packet]
     source: Network
     destination: Network
     judged: Judged
@@ -110,9 +123,10 @@ class _Losses:
     found: list[_Loss] = field(default_factory=list)
 
     def look(self, packet: Packet, source: Network, destination: Network) -> None:
-        judged = judge(self.hooks, packet)
+        packets = {name: replace(packet, protocol=PROTOCOLS[name]) for name in ("tcp", "udp")}
+        judged = judge_each(self.hooks, packets)
         if judged.fate is not Fate.PASSES:
-            self.found.append(_Loss(packet, source, destination, judged))
+            self.found.append(_Loss(packets, source, destination, judged))
 
     @property
     def certain(self) -> list[_Loss]:
@@ -178,15 +192,8 @@ def _look(rules: Rules, leg: Leg, state: str, losses: _Losses, *, to_containers:
         there, here = _host(one), ((int(rules.spare), int(rules.spare)),)
         source, destination = (there, here) if to_containers else (here, there)
         ends = (one, subnet) if to_containers else (subnet, one)
-        # A firewall that lets pings through is one all the same.
-        for protocol in ("tcp", "udp"):
-            packet = replace(
-                _packet(rules, leg, [one], state, to_containers),
-                source=source,
-                destination=destination,
-                protocol=PROTOCOLS[protocol],
-            )
-            losses.look(packet, *ends)
+        packet = _packet(rules, leg, [one], state, to_containers)
+        losses.look(replace(packet, source=source, destination=destination), *ends)
 
 
 def _packet(
@@ -246,7 +253,7 @@ def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
     """What lets the packets pass, for each base chain that stops them."""
     commands: dict[str, None] = {}
     for hook in rules.hooks:
-        stopped = [one for one in losses if judge([hook], one.packet).fate is not Fate.PASSES]
+        stopped = [one for one in losses if judge_each([hook], one.packets).fate is not Fate.PASSES]
         incoming = any(one.destination == rules.leased.subnet for one in stopped)
         outgoing = any(one.source == rules.leased.subnet for one in stopped)
         for network in rules.leased.cluster:

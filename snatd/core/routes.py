@@ -181,14 +181,6 @@ def _tunnel(
     ends = {(one.device, one.link_address) for one in around.tunnel_ends}
     missing: list[str] = []
     lost: list[Network | Address] = []
-    known = {link_address for link_address in neighbours.values() if link_address}
-    for one in around.tunnel_ends:
-        vxlan = tunnels[one.device].vxlan if one.device in tunnels else None
-        if vxlan is None or vxlan.asks or vxlan.local is None or one.link_address in known:
-            continue
-        if vxlan.local.version == leased.family.version and one.link_address != _ANYBODY:
-            missing.append(f"tunnel end {one}, but no neighbour has that address")
-            lost.append(one.node)
     for hop in usable:
         device = tunnels.get(hop.device)
         if device is None or device.vxlan is None or device.vxlan.asks or hop.gateway is None:
@@ -201,6 +193,14 @@ def _tunnel(
         else:
             continue
         lost.append(hop.destination)
+    known = {*neighbours.values(), _ANYBODY}
+    for one in () if missing else around.tunnel_ends:
+        vxlan = tunnels[one.device].vxlan if one.device in tunnels else None
+        if vxlan is None or vxlan.asks or vxlan.local is None or one.link_address in known:
+            continue
+        if vxlan.local.version == leased.family.version:
+            missing.append(f"tunnel end {one}, but no neighbour has that address")
+            lost.append(one.node)
     if missing:
         yield Finding(
             "tunnel_incomplete",
