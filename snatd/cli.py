@@ -397,14 +397,20 @@ def _print_json(document: dict[str, Any]) -> None:
     _write(sys.stdout, json.dumps(document, indent=2) + "\n")
 
 
+# Of a line that begins so: what goes, what comes, and how grave a finding is.
+_COLOURS = (
+    *(("-", "\033[31m"), ("+", "\033[32m")),
+    *(("error: ", "\033[1;31m"), ("warning: ", "\033[1;33m"), ("info: ", "\033[1;36m")),
+)
+
+
 def _print_lines(lines: Sequence[str], to_stderr: bool = False) -> None:
     stream = sys.stderr if to_stderr else sys.stdout
     coloured = stream is not None and stream.isatty()
-    colours = {"-": "\033[31m", "+": "\033[32m"} if coloured else {}
     for line in lines:
         # A rule may hold any byte, and a terminal obeys some of them.
         safe = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line)
-        colour = colours.get(safe[:1])
+        colour = next((code for head, code in _COLOURS if coloured and safe.startswith(head)), "")
         _write(stream, f"{colour}{safe}\033[0m\n" if colour else f"{safe}\n")
 
 

@@ -37,6 +37,7 @@ _RULES = (
     (re.compile(r'--comment "flanneld masq"'), "flannel"),
     (re.compile(r'--comment "name: \\"'), "CNI bridge"),
     (re.compile(rf"-s \S+ ! -o {_BRIDGE} -j (MASQUERADE|SNAT)( |$)"), "Docker"),
+    (re.compile(rf"-d \S+ ! -i {_BRIDGE} (-p .*)?-j DROP$"), "Docker"),
     (re.compile(rf"-o {_BRIDGE} -m addrtype --src-type LOCAL -j MASQUERADE$"), "Docker"),
     (re.compile(r"-s (\S+) -d \1 -p \w+ -m \w+ --dport \d+ -j MASQUERADE$"), "Docker"),
     (re.compile(r"-s (\S+) ! -d \1 -j MASQUERADE$"), "Docker"),

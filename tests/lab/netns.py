@@ -52,8 +52,8 @@ class Namespace:
         # An address is good at once: nobody else here could have it (duplicate address detection).
         self.shell(
             "mount -t tmpfs tmpfs /run; mkdir /run/flannel; ip link set lo up; "
-            # A daemon that runs here must not find the machine's own saved rules.
-            "for one in /etc/iptables /etc/sysconfig; do "
+            # What runs here must not find the machine's own saved rules, nor write its settings.
+            "for one in /etc/iptables /etc/sysconfig /etc/sysctl.d /etc/modules-load.d; do "
             "if [ -d $one ]; then mount -t tmpfs tmpfs $one; fi; done; "
             "for one in all default; do echo 0 > /proc/sys/net/ipv6/conf/$one/accept_dad; done"
         )

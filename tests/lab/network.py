@@ -72,6 +72,7 @@ class Node:
         ipmasq: bool = False,
         v6: bool = False,
         subnet: str | None = None,
+        mtu: int = 1500,
     ) -> None:
         """Writes subnet.env as flanneld does, another file in the same folder, then a rename; and
         sees to it that there is a flanneld."""
@@ -84,7 +85,7 @@ class Node:
                 "FLANNEL_IPV6_NETWORK=fd00:7::/32",
                 f"FLANNEL_IPV6_SUBNET=fd00:7:{self.number}::1/64",
             ]
-        lines += ["FLANNEL_MTU=1500", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
+        lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
         folder = self.host.path("/run/flannel")
         folder.mkdir(exist_ok=True)
         (folder / ".subnet.env").write_text("\n".join(lines) + "\n")
