@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -499,3 +500,13 @@ def test_without_a_journal_the_log_goes_to_stderr(nft_lab: Lab, tmp_path: Path) 
     with Snatd(node.host, tmp_path, log_format="journal") as snatd:
         snatd.start()
         until(lambda: "<5>rule_added: " in snatd.log_path.read_text(), "a line with a priority")
+        # Nobody can narrow a rule that no restore can name; and nobody calls that in sync.
+        (failed,) = snatd.wait_for("backend_failed")
+        assert "POSTROUTING rule 1 hides the addresses of 172.7.21.0/24" in failed["what"][0]
+        by_hand = re.search("`(.*)`", failed["what"][0])
+        assert by_hand is not None
+        checked = snatd.command("check")
+        assert (checked.returncode, checked.stdout.partition(":")[0]) == (4, "degraded")
+        node.host.shell(by_hand[1])
+        snatd.wait_for("recovered")
+        until(lambda: snatd.status()["in_sync"], "what was said to do done")
