@@ -233,6 +233,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _revert(options: argparse.Namespace) -> int:
     from snatd import saving
+    from snatd.host.metrics import MetricsFile
     from snatd.kernel.backends import iptables_is
     from snatd.kernel.restore import check_restore
     from snatd.node import require_permission
@@ -257,6 +258,10 @@ def _revert(options: argparse.Namespace) -> int:
             memory.forget()
         except OSError as error:
             problems.append(f"{memory.path} stays: {error.strerror}: remove it by hand")
+    try:
+        MetricsFile(settings.metrics_textfile).remove()
+    except OSError as error:
+        problems.append(f"{settings.metrics_textfile} stays: {error.strerror}: remove it by hand")
     instance.release()
     if options.json:
         changes = [report.transaction_document(one) for one in done]
@@ -350,6 +355,15 @@ def _verify(options: argparse.Namespace) -> int:
     return _answer(options, verify(settings, options.destinations))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from snatd.doctor import doctor
+    from snatd.node import require_permission
+
+    settings = config.load(options.config)
+    require_permission()
+    return _answer(options, doctor(settings))
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "check": _check,
@@ -361,6 +375,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "flows": _flows,
     "verify": _verify,
     "explain": _explain,
+    "doctor": _doctor,
 }
 
 

@@ -26,11 +26,14 @@ from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
 from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
+from snatd.counts import Counts
 from snatd.evidence import Cause, Evidence
 from snatd.facts import Causes, Facts, now
 from snatd.host import journal, status
 from snatd.host.instance import Instance
+from snatd.host.metrics import Metric, MetricsFile
 from snatd.host.notify import Notifier
+from snatd.kernel import lock
 from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Tables, Writer, who_wrote
 from snatd.kernel.restore import check_restore
 from snatd.kernel.tools import Tools
@@ -79,11 +82,14 @@ class Daemon:
         self._evidence = self._gather(Limiter())
         self._saving = self._look_after_files()
         self._facts = Facts()
+        self._counts = Counts()
+        self._metrics = MetricsFile(settings.metrics_textfile)
 
     def run(self) -> int:
         """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning, also
-        later, where somebody removed the lock and another daemon took it."""
+        later, where somebody removed the lock and another daemon took it, and ConfigError."""
         self._instance.take()
+        self._metrics.check()
         self._open()
         self._log.info("started", version=__version__, mode=self._settings.mode)
         self._pass(_FIRST_PASS_S)
@@ -97,6 +103,8 @@ class Daemon:
             self._watch.stop()
         with suppress(OSError):
             status.path_in(self._settings.runtime_dir).unlink(missing_ok=True)
+        if self._metrics.due_s is not None:
+            self._write_metrics(self._metrics.due_s)
         self._log.info("stopped", rules="left in place; `snatd revert` removes them")
         return 0
 
@@ -122,11 +130,10 @@ class Daemon:
     def _open_watch(self) -> None:
         # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
         from snatd.host.watch import FileWatch
-        from snatd.kernel.lock import PATH
 
         watch = FileWatch()
         watch.add(self._settings.subnet_file, lambda: self._wake(_SUBNET_FILE))
-        watch.add(PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
+        watch.add(lock.PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
         try:
             watch.start()
         except OSError as error:
@@ -151,6 +158,8 @@ class Daemon:
             waits.append(evidence_s)
         if self._saving.due_s is not None:
             waits.append(self._saving.due_s)
+        if self._metrics.due_s is not None:
+            waits.append(self._metrics.due_s)
         news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
         if self._poll.due_s is not None and now_s >= self._poll.due_s:
@@ -158,7 +167,12 @@ class Daemon:
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
             self._pass(_PASS_S)
-        elif self._saving.turn(now_s) or self._evidence.turn(now_s) or any(news):
+        elif (
+            self._saving.turn(now_s)
+            or self._evidence.turn(now_s)
+            or any(news)
+            or self._metrics.is_due(now_s)
+        ):
             self._publish()
         self._notifier.alive(time.monotonic())
 
@@ -178,6 +192,7 @@ class Daemon:
 
     def _heard(self, event: Event) -> None:
         self._schedule = self._schedule.event()
+        self._counts.heard(time.monotonic(), overflow=event.overflow)
         self._triggers[event.source] += 1
         self._facts.last_event = {
             "at": now(),
@@ -205,6 +220,8 @@ class Daemon:
         self._notifier.reloading()
         try:
             new = config.load(self._path)
+            metrics = MetricsFile(new.metrics_textfile)
+            metrics.check()
         except ConfigError as error:
             # The old configuration stays in force, and STATUS says so until a good one comes.
             self._facts.refused = " / ".join(error.complaints)
@@ -227,6 +244,10 @@ class Daemon:
             self._evidence.close()
             self._evidence = self._gather(self._evidence.limiter)
             self._saving = self._look_after_files()
+            if new.metrics_textfile != self._metrics.path:
+                with suppress(OSError):
+                    self._metrics.remove()
+            self._metrics = metrics
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
@@ -240,6 +261,7 @@ class Daemon:
         triggers, writers, late = self._triggers, self._writers, self._late
         self._triggers, self._writers, self._late = Counter(), {}, set()
         started_s = time.monotonic()
+        self._counts.begun(started_s)
         if self._instance.keep():
             self._log.warning("lock_restored", path=str(self._instance.path), hint=_LOCK_HELP)
         self._rearm()
@@ -280,6 +302,9 @@ class Daemon:
             self._triggers["read_back"] += 1
         self._listen_to_bridge(done)
         self._facts.passed(done, triggers, causes, ended_s - started_s)
+        enforce = self._settings.mode == "enforce"
+        programs = {one: {writer.program for writer in by} for one, by in causes.items()}
+        self._counts.passed(done, programs, ended_s - started_s, ended_s, enforce=enforce)
         self._tell_fight(done, causes, ended_s, was_fighting)
         if not (self._schedule.fighting and was_fighting):
             self._tell_changes(causes, triggers, ended_s - started_s)
@@ -338,6 +363,7 @@ class Daemon:
         told = join(names) if names else None
         self._facts.fighting = told or self._facts.fighting or _NAMELESS
         if not was_fighting:
+            self._counts.fights += 1
             self._log.warning(
                 "fighting",
                 writer=told,
@@ -420,9 +446,10 @@ class Daemon:
         self._say("state_not_kept", "warning", text)
 
     def _publish(self) -> None:
+        saved_rules = {"saved_rules": self._saving.document()}
+        self._facts.evidence = self._evidence.document() | saved_rules
+        self._write_metrics(time.monotonic())
         try:
-            saved_rules = {"saved_rules": self._saving.document()}
-            self._facts.evidence = self._evidence.document() | saved_rules
             status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
         except OSError as error:
             path = status.path_in(self._settings.runtime_dir)
@@ -431,6 +458,18 @@ class Daemon:
         else:
             self._say("status_not_written", "warning", "")
         self._notifier.status(self._facts.headline())
+
+    def _write_metrics(self, now_s: float) -> None:
+        def metrics() -> tuple[Metric, ...]:
+            document = self._facts.document(self._settings.mode)
+            waits = (lock.waits.count, lock.waits.total_s)
+            return self._counts.metrics(document, self._settings.resync, waits)
+
+        self._metrics.offer(now_s, metrics)
+        problem = self._metrics.problem
+        self._facts.evidence["metrics_problem"] = problem or None
+        hint = "tried again after each pass"
+        self._say("metrics_not_written", "warning", problem, over="metrics_written", hint=hint)
 
     def _summarise(self) -> None:
         self._publish()

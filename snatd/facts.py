@@ -67,6 +67,8 @@ class Facts:
         for one in self.evidence.get("saved_rules", ()):
             if one["state"] in ("left alone", "not written"):
                 line += report.plain(f"; saved rules {one['path']} {one['state']}")
+        if problem := self.evidence.get("metrics_problem"):
+            line += f"; metrics not written: {problem}"
         if self.fighting:
             line = (
                 f"fighting with {self.fighting}, which undoes each repair; at the last look {line}"

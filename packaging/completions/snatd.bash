@@ -10,11 +10,11 @@ _snatd() {
         --confirm | --mark | --dport) return ;;
     esac
     if ((COMP_CWORD == 1)); then
-        options="run check apply confirm status save revert flows verify explain --help --version"
+        options="run check apply confirm status save revert flows verify explain doctor --help --version"
     else
         case ${COMP_WORDS[1]} in
             run) options="--help --config" ;;
-            check | confirm | status | revert | verify) options="--help --config --json" ;;
+            check | confirm | status | revert | verify | doctor) options="--help --config --json" ;;
             apply) options="--help --config --json --confirm" ;;
             save) options="--help --config --json --dry-run --full --without-dynamic" ;;
             flows) options="--help --config --json --delete" ;;

@@ -40,6 +40,13 @@ class Writer:
     def __str__(self) -> str:
         return f"{self.comm} (pid {self.pid})" + (f" of {self.of}" if self.of else "")
 
+    @property
+    def program(self) -> str:
+        """The same without what is another each time: pids, and the units that systemd names by
+        itself for a login, a container or a `systemd-run`."""
+        service = self.of and self.of.endswith(".service") and not self.of.startswith("run-")
+        return f"{self.comm} of {self.of}" if service else self.comm
+
 
 Tables = frozenset[tuple[Family, Backend]]
 
@@ -47,11 +54,13 @@ Tables = frozenset[tuple[Family, Backend]]
 @dataclass(frozen=True)
 class Event:
     """Look again, because of `source`. `wrote`: where the writer changed rules that a repair may
-    be about; empty where what it wrote is only a reason to look."""
+    be about; empty where what it wrote is only a reason to look. `overflow`: messages were lost,
+    of whoever."""
 
     source: str
     writer: Writer | None = None
     wrote: Tables = frozenset()
+    overflow: bool = False
 
 
 def who_wrote(
@@ -123,7 +132,7 @@ class NftEar:
             if datagram is None:
                 # What was being heard has lost its end, and the next end is another's.
                 self._pending = None
-                yield Event(self.source)
+                yield Event(self.source, overflow=True)
             else:
                 yield from self._heard(datagram)
 
@@ -202,8 +211,9 @@ class LinkEar:
     def events(self) -> Iterator[Event]:
         """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
         for datagram in _datagrams(self._socket):
-            messages = () if datagram is None else _messages(datagram)
-            if datagram is None or any(self._concerns(kind, body) for kind, body in messages):
+            if datagram is None:
+                yield Event(self.source, overflow=True)
+            elif any(self._concerns(kind, body) for kind, body in _messages(datagram)):
                 yield Event(self.source)
 
     def _concerns(self, kind: int, body: bytes) -> bool:

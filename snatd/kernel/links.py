@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from snatd.core.errors import BackendBusy, BackendFailed
 from snatd.core.masquerade import DeviceAddress
 from snatd.core.model import Address, DirectRoute, Family, Interface, Link, Network
 from snatd.core.proof import Route
+from snatd.kernel.netlink import IPRoute, NetlinkError
 
 _MAIN_TABLE, _LOCAL_TABLE = 254, 255
 _UNICAST, _LOCAL, _BROADCAST = 1, 2, 3

@@ -16,6 +16,7 @@ from snatd.daemon import Daemon, _causes
 from snatd.evidence import Evidence, _FamilyFlows
 from snatd.facts import Facts
 from snatd.host import status
+from snatd.host.metrics import MetricsFile
 from snatd.host.notify import Notifier
 from snatd.kernel.conntrack import Tally
 from snatd.kernel.events import Writer
@@ -143,6 +144,7 @@ def test_a_status_file_that_cannot_be_written_is_named(
     daemon._facts = Facts()
     daemon._notifier = Notifier()
     daemon._saving = daemon._look_after_files()
+    daemon._metrics = MetricsFile(None)
     with selectors.DefaultSelector() as selector:
         daemon._evidence = Evidence(Config(), Tools(), selector, daemon._say)
         for _ in range(4):

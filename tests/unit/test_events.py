@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
 import pytest
@@ -212,7 +213,7 @@ def test_after_an_overflow_nobody_is_blamed_for_what_was_heard_before(
     ear._socket = None  # type: ignore[assignment]
     arrived = (rule("nat", "POSTROUTING"), None, rule("nat", "KUBE-X"), generation(6, "innocent"))
     monkeypatch.setattr(events, "_datagrams", lambda _: iter(arrived))
-    assert list(ear.events()) == [Event("nft")]
+    assert list(ear.events()) == [Event("nft", overflow=True)]
 
 
 NAMESAKE = 4242
@@ -255,6 +256,41 @@ def test_a_hostile_name_is_harmless(name: bytes, shown: str) -> None:
     assert _printable(name) == shown
     (event,) = heard(nft_ear(), rule("nat", "POSTROUTING"), generation(PID, name))
     assert event.writer == Writer(PID, shown)
+
+
+@pytest.mark.parametrize(
+    ("of", "program"),
+    [
+        (None, "iptables"),
+        ("docker.service", "iptables of docker.service"),
+        ("user@1000.service", "iptables of user@1000.service"),
+        ("bash", "iptables"),
+        ("session-17.scope", "iptables"),
+        ("docker-0123456789abcdef.scope", "iptables"),
+        ("run-r0123456789abcdef.service", "iptables"),
+    ],
+)
+def test_a_program_is_named_alike_each_time(of: str | None, program: str) -> None:
+    assert Writer(PID, "iptables", of).program == program
+
+
+class Overflown:
+    """A socket of which the kernel dropped something."""
+
+    def __init__(self) -> None:
+        self._answers = [errno.ENOBUFS, errno.EAGAIN]
+
+    def recv(self, _: int) -> bytes:
+        number = self._answers.pop(0)
+        raise OSError(number, "")
+
+
+def test_an_overflow_is_an_event_that_says_so() -> None:
+    nft, link = nft_ear(), link_ear(3)
+    for ear in (nft, link):
+        ear._socket = Overflown()  # type: ignore[assignment]
+    assert list(nft.events()) == [Event("nft", overflow=True)]
+    assert list(link.events()) == [Event("link", overflow=True)]
 
 
 LINK_NEW, LINK_DEL, ADDRESS_NEW, ROUTE_NEW, ROUTE_DEL, NEIGHBOUR_NEW = 16, 17, 20, 24, 25, 28

@@ -39,3 +39,13 @@ def test_a_snated_datagram_is_degraded() -> None:
 def test_a_problem_with_the_rules_comes_first() -> None:
     found = facts(View(problems=(PROBLEM,)), wrong=["172.7.22.1 sees 10.4.7.21"])
     assert found.headline().startswith("degraded: ipv4 nft: table")
+
+
+def test_metrics_that_cannot_be_written_are_said() -> None:
+    found = facts()
+    found.evidence["metrics_problem"] = "/x/snatd.prom: No space left on device"
+    assert found.headline() == (
+        "in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16; "
+        "metrics not written: /x/snatd.prom: No space left on device; 0 repairs"
+    )
+    assert found.document("enforce")["in_sync"] is True
