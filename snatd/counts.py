@@ -61,20 +61,21 @@ class Counts:
     def passed(
         self,
         done: Pass,
-        writers: Collection[str],
+        writers: Mapping[Transaction, Collection[str]],
         duration_s: float,
         now_s: float,
         *,
         enforce: bool,
     ) -> None:
-        """It ended. `writers`: the programs heard of; `enforce`: whether it may repair."""
+        """It ended. `writers`: the programs that may have caused each repair; `enforce`: whether it
+        may repair."""
         self._passes += 1
         self._passes_total_s += duration_s
         self._last_pass_at_s = time.time()
         self._drifts += len({*done.applied, *done.view.plan} - {*self._left})
         self._left = done.view.plan
         for one in dict.fromkeys(done.applied):
-            who = self._who(one, writers)
+            who = self._who(one, writers.get(one, ()))
             self._repairs[one.family.value, one.backend.value, who] += 1
         if not done.view.plan and done.applied and self._wrong_since_s is not None:
             took_s = now_s - self._wrong_since_s

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from snatd import __version__, report
 from snatd.core.model import count
+from snatd.core.plan import Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass
+
+# Each repair, and who may have caused it.
+Causes = Mapping[Transaction, Sequence[Writer]]
 
 
 class Facts:
@@ -31,9 +36,7 @@ class Facts:
         self._since = now()
         self._view: dict[str, Any] = {}
 
-    def passed(
-        self, done: Pass, triggers: Counter[str], writers: dict[Writer, None], duration_s: float
-    ) -> None:
+    def passed(self, done: Pass, triggers: Counter[str], causes: Causes, duration_s: float) -> None:
         self.passes += 1
         self.repairs += len(dict.fromkeys(done.applied))
         self._view = report.document(done.view)
@@ -50,7 +53,7 @@ class Facts:
             self.last_repair = {
                 "at": now(),
                 "trigger": trigger,
-                "writers": [str(writer) for writer in writers],
+                "writers": [str(writer) for writer in causes[one]],
                 **report.transaction_document(one),
             }
 

@@ -183,8 +183,11 @@ class Saving:
             "warning",
             troubles(self._outcomes),
             over="saved_rules_in_line",
+            hint="snatd save",
         )
-        self.say("saved_rule_not_understood", "warning", _doubts(self._outcomes))
+        doubts = _doubts(self._outcomes)
+        hint = "write it as iptables-save does, or remove it"
+        self.say("saved_rule_not_understood", "warning", doubts, hint=hint)
 
     def document(self) -> list[dict[str, Any]]:
         """For the status file."""

@@ -13,7 +13,7 @@ from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
 from snatd.core.packet import Hook, Packet, address_types
-from snatd.core.trace import Answer, before_guard, cluster_packets, rewriters
+from snatd.core.trace import GUARD_TABLE, Answer, before_guard, cluster_packets, rewriters
 from snatd.core.writers import told
 from snatd.kernel.hooks import Hooks, read_hooks
 from snatd.kernel.tools import Tools
@@ -36,6 +36,14 @@ class Suspects:
     def none(self) -> bool:
         """Whether no rule on this node can, for certain."""
         return not (self.rules or self.unknown)
+
+    @property
+    def guarded(self) -> bool | None:
+        """Whether a guard is asked, whatever it says; None where that could not be looked at."""
+        there = () if self.hooks is None else self.hooks.hooks
+        if any(one.table.partition(" ")[2] == GUARD_TABLE for one in there):
+            return True
+        return None if self.unknown else False
 
 
 def find_suspects(

@@ -47,7 +47,8 @@ def after(
     counts = counts or Counts()
     counts.begun(begun_s)
     done = Pass(View(plan=left, rulesets=rulesets), applied)
-    counts.passed(done, writers, took_s, begun_s + took_s, enforce=enforce)
+    by = dict.fromkeys(applied, writers)
+    counts.passed(done, by, took_s, begun_s + took_s, enforce=enforce)
     return counts
 
 
@@ -182,7 +183,7 @@ def test_a_repair_takes_from_the_first_event_to_the_read_back() -> None:
     # An event during a pass belongs to the next one.
     counts.begun(200.0)
     counts.heard(200.1, overflow=False)
-    counts.passed(Pass(View(), (REPAIR,)), (), 0.5, 200.5, enforce=True)
+    counts.passed(Pass(View(), (REPAIR,)), {}, 0.5, 200.5, enforce=True)
     assert took(counts) == (2, 2.52)
     after(REPAIR, counts=counts, begun_s=201.0)
     assert took(counts) == (3, 3.44)
