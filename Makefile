@@ -12,7 +12,10 @@ PACKAGES := iptables nftables iproute2 conntrack procps util-linux strace \
 # The same for `make deb`, `make rpm` and `make test-system`.
 PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject python3-all \
 	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
-SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
+SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db fish zsh bash-completion
+
+# For whom `make rpm` builds.
+RPM_FOR ?= el9 el10 fc43
 
 .PHONY: help venv demo test test-system bench manual pictures deb rpm clean packages
 
@@ -60,9 +63,11 @@ deb: packages  ## build dist/snatd_VERSION_all.deb of the last commit
 	@packaging/deb dist
 
 rpm: PACKAGES := $(PACKAGING)
-rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last commit
-	@packaging/rpm/build dist
-	@packaging/rpm/build-legacy dist
+rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last commit (RPM_FOR="el9 fc43")
+	@set -e; for one in $(RPM_FOR); do \
+	  packaging/rpm/build dist $$one; \
+	  [ $$one = el10 ] || packaging/rpm/build-legacy dist $$one; \
+	done
 
 test-system: PACKAGES += $(SYSTEM)
 test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root

@@ -15,6 +15,7 @@ class AlreadyRunning(Exception):
 
     def __init__(self, pid: str, path: Path) -> None:
         super().__init__(f"snatd is already running as pid {pid} (it holds {path})")
+        self.pid = pid
 
 
 class Instance:
