@@ -26,7 +26,7 @@ from snatd.core.plan import Transaction
 from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
 from snatd.evidence import Cause, Evidence
-from snatd.facts import Facts, now
+from snatd.facts import Facts
 from snatd.host import journal, status
 from snatd.host.instance import Instance
 from snatd.host.notify import Notifier
@@ -40,6 +40,8 @@ from snatd.saving import Saving
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
 _PASS_S = 20.0
 _SHARE_OF_WATCHDOG = 0.4
+# After each pass the status file is written, so it is never older than a resync, a pass and this.
+_SPARE_S = 10.0
 # READY=1 after the first pass whatever it gave, or after this: other services wait for it at boot.
 _FIRST_PASS_S = 9.0
 # Where inotify is used up, subnet.env is looked at this often.
@@ -174,12 +176,7 @@ class Daemon:
     def _heard(self, event: Event) -> None:
         self._schedule = self._schedule.event()
         self._triggers[event.source] += 1
-        self._facts.last_event = {
-            "at": now(),
-            "source": event.source,
-            "writer": str(event.writer) if event.writer else None,
-        }
-        self._facts.events[event.source] += 1
+        self._facts.heard(event.source, event.writer)
         if event.writer is not None:
             self._writers[event.writer] = None
 
@@ -200,12 +197,12 @@ class Daemon:
             new = config.load(self._path)
         except ConfigError as error:
             # The old configuration stays in force, and STATUS says so until a good one comes.
-            self._facts.refused = " / ".join(error.complaints)
+            self._facts.refused(error.complaints)
             self._log.error("configuration_refused", why=list(error.complaints))
         else:
             if new.runtime_dir != self._settings.runtime_dir:
                 self._log.warning("needs_restart", key="runtime_dir")
-            self._facts.refused = None
+            self._facts.refused(None)
             # The lock and the status file stay where everybody looks for them until a restart.
             new = replace(new, runtime_dir=self._settings.runtime_dir)
             self._settings = new
@@ -234,9 +231,7 @@ class Daemon:
             self._log.warning("lock_restored", path=str(self._instance.path))
         self._rearm()
         self._poll.rebase(started_s)
-        if self._notifier.watchdog_s is not None:
-            limit_s = min(limit_s, self._notifier.watchdog_s * _SHARE_OF_WATCHDOG)
-        deadline = Deadline(started_s + limit_s)
+        deadline = Deadline(started_s + self._within_watchdog_s(limit_s))
         policy = self._settings.policy
         if self._settings.mode == "observe":
             done = Pass(look(self._edges, policy, deadline))
@@ -268,6 +263,10 @@ class Daemon:
         self._tell_state(done)
         self._look_further(done, triggers, ended_s)
         self._publish()
+
+    def _within_watchdog_s(self, limit_s: float) -> float:
+        watchdog_s = self._notifier.watchdog_s
+        return limit_s if watchdog_s is None else min(limit_s, watchdog_s * _SHARE_OF_WATCHDOG)
 
     def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
         if self._notifier.watchdog_s is not None:
@@ -312,14 +311,14 @@ class Daemon:
         was_fighting: bool,
     ) -> None:
         names = join(list(writers)) if writers else None
+        if self._schedule.fighting:
+            self._facts.fights(names)
         if self._schedule.fighting and not was_fighting:
-            self._facts.fighting = names or "a program that the kernel does not name"
             self._log.warning("fighting", writer=names, hint="it undoes every repair; backing off")
         elif was_fighting and not self._schedule.fighting:
-            self._log.info("fight_ended", repairs=self._facts.repairs, writer=self._facts.fighting)
-            self._facts.fighting = None
+            rival = self._facts.fight_ended()
+            self._log.info("fight_ended", repairs=self._facts.repairs, writer=rival)
         if self._schedule.fighting and was_fighting:
-            self._facts.fighting = names or self._facts.fighting
             return
         # A quick rival undoes a write before it is read back: one repair to a reader.
         for one in dict.fromkeys(applied):
@@ -394,8 +393,11 @@ class Daemon:
     def _publish(self) -> None:
         try:
             saved_rules = {"saved_rules": self._saving.document()}
-            self._facts.evidence = self._evidence.document() | saved_rules
-            status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
+            self._facts.found(self._evidence.document() | saved_rules)
+            document = self._facts.document(self._settings.mode)
+            pass_s = self._within_watchdog_s(_PASS_S)
+            longest_silence_s = self._schedule.resync_s + pass_s + _SPARE_S
+            status.write(self._settings.runtime_dir, document, longest_silence_s)
         except OSError as error:
             self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")
         self._notifier.status(self._facts.headline())
