@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TextIO
+from typing import Any
 
 from snatd import config, report
 from snatd.arguments import parser
@@ -29,11 +28,11 @@ from snatd.core.guard import without_guard
 from snatd.core.model import Backend, Family, Hold, Network
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
-from snatd.host import status
 from snatd.host.confirm import Confirmation, confirm, decline
 from snatd.host.instance import AlreadyRunning, Instance
 from snatd.host.memory import Key, MemoryDamaged, MemoryFile
 from snatd.host.saved_rules import Outcome
+from snatd.host.terminal import print_lines, write
 from snatd.kernel.tools import Tools
 from snatd.reconcile import Edges, Tables, View
 
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unanswerable as error:
         status_code = _failed(options, (str(error),), report.EXIT_USAGE)
     for stream in (sys.stdout, sys.stderr):
-        _write(stream, "")
+        write(stream, "")
     return status_code
 
 
@@ -221,19 +220,10 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    document = status.read(config.runtime_dir(options.config))
-    if document is None:
-        if options.json:
-            _print_json({"schema": status.SCHEMA, "running": False})
-        else:
-            _print_lines(("snatd is not running",))
-        return 3
-    if options.json:
-        _print_json({"running": True, **document})
-    else:
-        _print_lines(report.status_lines(document))
-    healthy = document["in_sync"] and not document["fighting"]
-    return 0 if healthy and not document["configuration_refused"] else 1
+    from snatd.status import status
+
+    runtime_dir = config.runtime_dir(options.config)
+    return status(runtime_dir, as_json=options.json, every_s=options.watch)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -455,37 +445,24 @@ def _answer(options: argparse.Namespace, answer: report.Answer) -> int:
 
 
 def _warn(text: str) -> None:
-    _write(sys.stderr, f"snatd: {text}\n")
+    write(sys.stderr, f"snatd: {text}\n")
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    _write(sys.stdout, json.dumps(document, indent=2) + "\n")
+    write(sys.stdout, json.dumps(document, indent=2) + "\n")
 
 
 # Of a line that begins so: what goes, what comes, and how grave a finding is.
 _COLOURS = (
-    *(("-", "\033[31m"), ("+", "\033[32m")),
-    *(("error: ", "\033[1;31m"), ("warning: ", "\033[1;33m"), ("info: ", "\033[1;36m")),
+    *(("-", "red"), ("+", "green")),
+    *(("error: ", "red"), ("warning: ", "yellow"), ("info: ", "cyan")),
 )
 
 
 def _print_lines(lines: Sequence[str], to_stderr: bool = False) -> None:
     stream = sys.stderr if to_stderr else sys.stdout
-    coloured = stream is not None and stream.isatty()
-    for line in lines:
-        # A rule may hold any byte, and a terminal obeys some of them.
-        safe = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line)
-        colour = next((code for head, code in _COLOURS if coloured and safe.startswith(head)), "")
-        _write(stream, f"{colour}{safe}\033[0m\n" if colour else f"{safe}\n")
 
+    def colour(line: str) -> str:
+        return next((colour for head, colour in _COLOURS if line.startswith(head)), "")
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """Writes at once. Who reads it may be gone, and that must not stop what is being done."""
-    if stream is None:
-        return
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError:
-        # What the stream still holds would fail again at the end, as exit status 120.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print_lines(stream, [(line, colour(line)) for line in lines])

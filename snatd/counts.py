@@ -119,7 +119,7 @@ class Counts:
             "in_sync": (Sample(int(document["in_sync"])),),
             "holds": (Sample(len(document["waiting_for"])),),
             "problems": (Sample(len(document["problems"])),),
-            "fighting": (Sample(int(document["fighting"] is not None)),),
+            "fighting": (Sample(int(document["fights"]["now"] is not None)),),
             "last_pass_timestamp_seconds": (Sample(round(self._last_pass_at_s, 3)),),
             "resync_seconds": (Sample(resync_s),),
             "pass_seconds": _summary(self._passes, self._passes_total_s),

@@ -28,7 +28,7 @@ from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
 from snatd.counts import Counts
 from snatd.evidence import Cause, Evidence
-from snatd.facts import Causes, Facts, now
+from snatd.facts import Causes, Facts
 from snatd.host import journal, status
 from snatd.host.instance import Instance
 from snatd.host.metrics import Metric, MetricsFile
@@ -44,6 +44,8 @@ from snatd.saving import Saving
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
 _PASS_S = 20.0
 _SHARE_OF_WATCHDOG = 0.4
+# After each pass the status file is written, so it is never older than a resync, a pass and this.
+_SPARE_S = 10.0
 # READY=1 after the first pass whatever it gave, or after this: other services wait for it at boot.
 _FIRST_PASS_S = 9.0
 # Where inotify is used up, subnet.env is looked at this often.
@@ -194,12 +196,7 @@ class Daemon:
         self._schedule = self._schedule.event()
         self._counts.heard(time.monotonic(), overflow=event.overflow)
         self._triggers[event.source] += 1
-        self._facts.last_event = {
-            "at": now(),
-            "source": event.source,
-            "writer": str(event.writer) if event.writer else None,
-        }
-        self._facts.events[event.source] += 1
+        self._facts.heard(event.source, event.writer)
         if event.writer is not None:
             self._late.discard(event.writer)
             wrote = self._writers.get(event.writer, frozenset())
@@ -224,14 +221,14 @@ class Daemon:
             metrics.check()
         except ConfigError as error:
             # The old configuration stays in force, and STATUS says so until a good one comes.
-            self._facts.refused = " / ".join(error.complaints)
+            self._facts.refused(error.complaints)
             self._log.error("configuration_refused", why=list(error.complaints), hint=_REFUSED_HELP)
         else:
             if new.runtime_dir != self._settings.runtime_dir:
                 self._log.warning(
                     "needs_restart", key="runtime_dir", hint="systemctl restart snatd"
                 )
-            self._facts.refused = None
+            self._facts.refused(None)
             # The lock and the status file stay where everybody looks for them until a restart.
             new = replace(new, runtime_dir=self._settings.runtime_dir)
             self._settings = new
@@ -266,9 +263,7 @@ class Daemon:
             self._log.warning("lock_restored", path=str(self._instance.path), hint=_LOCK_HELP)
         self._rearm()
         self._poll.rebase(started_s)
-        if self._notifier.watchdog_s is not None:
-            limit_s = min(limit_s, self._notifier.watchdog_s * _SHARE_OF_WATCHDOG)
-        deadline = Deadline(started_s + limit_s)
+        deadline = Deadline(started_s + self._within_watchdog_s(limit_s))
         policy = self._settings.policy
         if self._settings.mode == "observe":
             done = Pass(look(self._edges, policy, deadline))
@@ -311,6 +306,10 @@ class Daemon:
         self._tell_state(done)
         self._look_further(done, triggers, ended_s)
         self._publish()
+
+    def _within_watchdog_s(self, limit_s: float) -> float:
+        watchdog_s = self._notifier.watchdog_s
+        return limit_s if watchdog_s is None else min(limit_s, watchdog_s * _SHARE_OF_WATCHDOG)
 
     def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
         if self._notifier.watchdog_s is not None:
@@ -356,12 +355,12 @@ class Daemon:
         began_s, before = self._episode
         repairs, lasted_s = self._facts.repairs - before, round(ended_s - began_s, 1)
         if not self._schedule.fighting:
-            writer, self._facts.fighting = self._facts.fighting, None
+            writer = self._facts.fight_ended()
             self._log.info("fight_ended", writer=writer, repairs=repairs, lasted_s=lasted_s)
             self._episode = (ended_s, self._facts.repairs)
             return
         told = join(names) if names else None
-        self._facts.fighting = told or self._facts.fighting or _NAMELESS
+        self._facts.fights(told, before)
         if not was_fighting:
             self._counts.fights += 1
             self._log.warning(
@@ -447,10 +446,13 @@ class Daemon:
 
     def _publish(self) -> None:
         saved_rules = {"saved_rules": self._saving.document()}
-        self._facts.evidence = self._evidence.document() | saved_rules
+        self._facts.found(self._evidence.document() | saved_rules)
         self._write_metrics(time.monotonic())
         try:
-            status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
+            document = self._facts.document(self._settings.mode)
+            pass_s = self._within_watchdog_s(_PASS_S)
+            longest_silence_s = self._schedule.resync_s + pass_s + _SPARE_S
+            status.write(self._settings.runtime_dir, document, longest_silence_s)
         except OSError as error:
             path = status.path_in(self._settings.runtime_dir)
             stale = "`snatd status` shows an old state meanwhile"
@@ -467,7 +469,7 @@ class Daemon:
 
         self._metrics.offer(now_s, metrics)
         problem = self._metrics.problem
-        self._facts.evidence["metrics_problem"] = problem or None
+        self._facts.metrics_problem = problem
         hint = "tried again after each pass"
         self._say("metrics_not_written", "warning", problem, over="metrics_written", hint=hint)
 
@@ -492,7 +494,6 @@ def _causes(
     return tuple(writer for writer in named if writer not in late) or named
 
 
-_NAMELESS = "a program that the kernel does not name"
 _UNGUARDED = (
     "only the rules are narrowed: until a repair, and by chains of others, some may be SNATed"
 )

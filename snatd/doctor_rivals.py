@@ -24,9 +24,11 @@ from snatd.core.packet import Hook
 from snatd.core.rules import is_ours
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
-from snatd.host import files, processes, status
+from snatd.core.word import Word
+from snatd.host import files, processes
 from snatd.host.docker import NAMES, read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
+from snatd.host.status import StatusFile
 from snatd.kernel.tools import Tools
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def _drift(examined: Examined) -> Found:
     if settings.mode == "enforce":
         cure = ("snatd apply",)
     planned = {one.family for one in view.plan if one.backend is Backend.GUARD}
-    said = _refused_guards(status.read(settings.runtime_dir))
+    said = _refused_guards(_said(StatusFile(settings.runtime_dir).word()))
     refused = {family: why for family, why in said.items() if family in planned}
     refused |= {one.family: str(one) for one in view.unguarded if one.family}
     dockers = read_dockers(processes.find(NAMES)) if view.plan else ()
@@ -68,10 +70,10 @@ def _drift(examined: Examined) -> Found:
             yield from rivals.no_guard(wanted.family, refused[wanted.family])
 
 
-def _refused_guards(daemon: Mapping[str, Any] | None) -> dict[Family, str]:
+def _refused_guards(daemon: Mapping[str, Any]) -> dict[Family, str]:
     """Which guards the daemon could not make, and why: a look alone does not try."""
     try:
-        said = {Family(one["family"]): one["why_not"] for one in (daemon or {}).get("guard", ())}
+        said = {Family(one["family"]): one["why_not"] for one in daemon.get("guard", ())}
     except (KeyError, TypeError, ValueError):
         return {}
     return {
@@ -217,17 +219,23 @@ def _saved(examined: Examined) -> Found:
 
 def _daemon(examined: Examined) -> Found:
     """Whether snatd itself runs, and will after the next boot."""
-    daemon = status.read(examined.settings.runtime_dir)
+    word = StatusFile(examined.settings.runtime_dir).word()
     shown: dict[str, str] = {}
     if _SYSTEMD.is_dir():
         shown = _shown(examined.tools)
         if os.access(_CHECK_ORDER, os.X_OK):
             yield from boot.order_cycle(examined.tools.run([_CHECK_ORDER, "units"], _deadline()))
     yield from boot.unit(shown)
-    if daemon is None:
+    yield from boot.not_answering(word)
+    if word.life.runs is not True:
         yield from boot.not_running(shown, drift=bool(examined.view.plan))
-    if daemon:
-        yield from boot.configuration_refused(str(daemon.get("configuration_refused") or ""))
+    refused = _said(word).get("configuration_refused")
+    yield from boot.configuration_refused(tuple(refused["why"]) if refused else ())
+
+
+def _said(word: Word) -> Mapping[str, Any]:
+    """The daemon's document, empty where its word does not count."""
+    return word.document if word.counts and word.document else {}
 
 
 def _shown(tools: Tools) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.locks import holder
 
 PATH = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 _TRY_AGAIN_S = 0.005
@@ -94,14 +95,12 @@ class XtablesLock:
 
     def _holder(self) -> str:
         """The pid in /proc/locks whose lock is on our file; best effort."""
-        with suppress(OSError, ValueError, IndexError):
+        with suppress(OSError):
             file = os.stat(self.path)
-            device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
-            for line in Path("/proc/locks").read_text().splitlines():
-                words = line.split()
-                if words[1] == "FLOCK" and words[5] == f"{device}:{file.st_ino}":
-                    name = Path(f"/proc/{int(words[4])}/comm").read_text().strip()
-                    return f"pid {words[4]} ({name})"
+            device = (os.major(file.st_dev), os.minor(file.st_dev))
+            pid = holder(Path("/proc/locks").read_text(), device, file.st_ino)
+            if pid is not None:
+                return f"pid {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
         return "another process"
 
     def close(self) -> None:

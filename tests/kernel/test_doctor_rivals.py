@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGHUP
+from signal import SIGCONT, SIGHUP, SIGSTOP
 from typing import Any
 
 import pytest
@@ -795,4 +795,15 @@ def test_saved_files_that_are_not_understood(node: Node, snatd: Snatd) -> None:
     os.mkfifo(file)
     assert "not a regular file" in only(snatd, "saved_not_understood")["evidence"][0]
     file.unlink()
+    silent(snatd)
+
+
+@pytest.mark.usefixtures("daemon_json")
+def test_a_daemon_that_does_not_answer(snatd: Snatd) -> None:
+    snatd.start()
+    silent(snatd)
+    snatd.signal(SIGSTOP)
+    one = only(snatd, "not_answering")
+    assert one["evidence"][0].startswith(f"pid {snatd.pid}: stopped, its last word is ")
+    snatd.signal(SIGCONT)
     silent(snatd)

@@ -91,7 +91,8 @@ def test_legacy_tables_with_the_package_for_them(fedora: Node, rpms: Rpms) -> No
     up(fedora)
     fedora.add_broad("legacy")
     # Without it that table is said to be unreadable, and the guard holds all the same.
-    fedora.wait_for_status("degraded: ipv4 legacy", 30)
+    fedora.wait_for_status("UTC - ipv4 legacy: ", 30)
+    assert fedora.status_line().startswith("degraded since ")
     fedora.promises_hold()
     assert machine.event("backend_failed")["PRIORITY"] == "3"
     rpm(machine, "-U", rpms.legacy)

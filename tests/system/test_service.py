@@ -40,7 +40,8 @@ def test_it_is_enabled_active_and_in_order(off: Node) -> None:
         assert {*machine.show("snatd", order).split()} >= names
     assert machine.run("stat", "-c", "%a %U %G", "/run/xtables.lock") == "600 root root\n"
     assert machine.run("systemctl", "--failed", "--plain", "--no-legend") == ""
-    off.wait_for_status("waiting: /run/flannel/subnet.env: no such file")
+    off.wait_for_status("UTC - /run/flannel/subnet.env: no such file")
+    assert off.status_line().startswith("waiting since ")
 
 
 def test_it_is_confined_and_verify_is_silent(off: Node) -> None:
@@ -58,7 +59,8 @@ def test_it_is_confined_and_verify_is_silent(off: Node) -> None:
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 def test_a_broad_rule_is_narrowed_and_the_journal_tells_of_it(node: Node, backend: str) -> None:
     machine = node.machine
-    node.wait_for_status("in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16")
+    node.wait_for_status("UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16")
+    assert node.status_line().startswith("in sync since ")
     if backend == "legacy":
         machine.run("update-alternatives", "--set", "iptables", "/usr/sbin/iptables-legacy")
         node.iptables("-F", "POSTROUTING", backend="nft")
@@ -238,7 +240,8 @@ def test_a_broken_file_keeps_the_old_configuration_and_says_so(node: Node) -> No
     file = machine.path("/etc/snatd/snatd.toml")
     file.write_text("mode = 'watch'\n")
     machine.run("systemctl", "reload", "snatd")
-    node.wait_for_status("new configuration refused, the old one is in force")
+    node.wait_for_status("UTC, the old one is in force - ")
+    assert node.status_line().startswith("new configuration refused at ")
     entry = machine.event("configuration_refused")
     assert entry["PRIORITY"] == "3"
     assert "'watch' is none of 'enforce', 'observe'" in entry["SNATD_WHY"]

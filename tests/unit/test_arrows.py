@@ -59,6 +59,7 @@ def test_the_arrows(path: Path) -> None:
         "snatd.config": ("snatd.core",),
         "snatd.reconcile": ("snatd.core",),
         "snatd.report": ("snatd.core", "snatd.reconcile"),
+        "snatd.told": ("snatd.core", "snatd.report"),
         "snatd.explain": ("snatd.core", "snatd.kernel"),
     }.get(package(path), ("snatd",))
     wrong = [one for one in imports(path) if inside(one, "snatd") and not inside(one, *allowed)]

@@ -23,7 +23,7 @@ REPAIR_V6 = replace(REPAIR, family=V6)
 
 def document(**more: Any) -> dict[str, Any]:
     """As the daemon's status has it."""
-    rest: dict[str, Any] = {"fighting": None, "events": {}, "flows": []}
+    rest: dict[str, Any] = {"fights": {"now": None}, "events": {}, "flows": []}
     return report.document(View()) | rest | more
 
 
@@ -86,7 +86,7 @@ def test_the_state_is_that_of_the_status() -> None:
         in_sync=False,
         waiting_for=["a", "b"],
         problems=[{}],
-        fighting="somebody",
+        fights={"now": {"with": "somebody"}},
         flows=flows,
         events={"nft": 4, "reload": 1},
     )

@@ -12,6 +12,7 @@ from snatd.config import Config
 from snatd.core.desired import Desired
 from snatd.core.flows import Ids
 from snatd.core.model import Family
+from snatd.core.schedule import Schedule
 from snatd.daemon import Daemon, _causes
 from snatd.evidence import Evidence, _FamilyFlows
 from snatd.facts import Facts
@@ -143,6 +144,7 @@ def test_a_status_file_that_cannot_be_written_is_named(
     daemon._settings = Config()
     daemon._facts = Facts()
     daemon._notifier = Notifier()
+    daemon._schedule = Schedule(resync_s=60)
     daemon._saving = daemon._look_after_files()
     daemon._metrics = MetricsFile(None)
     with selectors.DefaultSelector() as selector:

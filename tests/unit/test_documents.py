@@ -7,8 +7,10 @@ import json
 import re
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,12 +50,43 @@ def test_the_manual_knows_each_command_and_option() -> None:
     assert options == of_the_parser()
 
 
+def keys(document: Any, path: str = "") -> Iterator[str]:
+    """The keys of a JSON document: `a.b` of an object in an object, `a[].b` of those in a list."""
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield f"{path}{key}"
+            if f"{path}{key}" != "events":  # its keys are the sources that were heard
+                yield from keys(value, f"{path}{key}.")
+    elif isinstance(document, list):
+        for one in document:
+            yield from keys(one, f"{path.removesuffix('.')}[].")
+
+
+def documented_keys() -> set[str]:
+    """Those of `snatd status --json` in the manual."""
+    manual = (PACKAGING / "man" / "snatd.8").read_text()
+    section = manual.partition(".Sh STATUS DOCUMENT\n")[2].partition("\n.Sh ")[0]
+    found = re.findall(r"^\.It Va (\S+)$", section, re.MULTILINE)
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_keys() -> None:
+    assert [*keys({"a": [{"b": {"c": []}}, 1], "events": {"x": 1}})] == [
+        "a",
+        "a[].b",
+        "a[].b.c",
+        "events",
+    ]
+
+
 def test_bash_completes_each_command_and_option() -> None:
     known = of_the_parser()
     assert complete("") == {*known, "--help", "--version"}
     for name, options in known.items():
         assert complete(name, "--") == options
     assert complete("flows", "--delete", "") == {"udp", "all"}
+    assert complete("status", "--watch", "--") == known["status"]
     assert complete("ch") == {"check"}
 
 

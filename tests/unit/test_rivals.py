@@ -439,7 +439,6 @@ def test_several_snatd() -> None:
 @pytest.mark.parametrize(
     ("document", "refused"),
     [
-        (None, {}),
         ({}, {}),
         ({"guard": [{"family": "ipv4", "why_not": None}]}, {}),
         ({"guard": [{"family": "ipv4", "why_not": "off"}]}, {}),
