@@ -348,7 +348,7 @@ def test_a_reload_refuses_such_a_path_and_moves_to_a_good_one(nft_lab: Lab, tmp_
         snatd.signal(signal.SIGHUP)
         (refused,) = snatd.wait_for("configuration_refused")
         assert "`ReadWritePaths=/run/missing`" in refused["why"][0]
-        snatd.wait_for_notification("new configuration refused, the old one is in force")
+        snatd.wait_for_notification("new configuration refused at ")
         passes = metric(node, "pass_seconds_count")
         until(lambda: metric(node, "pass_seconds_count") > passes, "the old file, written on")
         node.host.path("/run/missing").mkdir()
@@ -372,7 +372,7 @@ def test_a_full_disk_is_told_once_and_changes_nothing_else(nft_lab: Lab, tmp_pat
         node.host.shell(f"cat /dev/zero >{FOLDER}/fill 2>/dev/null || true")
         old = file(node).read_bytes()
         snatd.wait_for("metrics_not_written")
-        snatd.wait_for_notification(f"; metrics not written: {FOLDER}/snatd.prom: No space left")
+        snatd.wait_for_notification(f" - metrics not written: {FOLDER}/snatd.prom: No space left")
         add(node, "-I", "POSTROUTING", *node.broad_rule)
         until(lambda: rules(node) == [NARROW], "the repair")
         passes = snatd.status()["passes"]
