@@ -96,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
         help="go on showing it, and look that often (default: 1)",
     )
     add(
+        "doctor",
+        "find what makes containers lose their address or their way, and say what mends it",
+        "0 nothing found, 1 something was; information does not count",
+    )
+    add(
         "revert",
         "put back the rules that were there before snatd's, and remove its own",
         "0 done or nothing to do, 1 a daemon runs, 4 a lock or a tool is busy or fails",

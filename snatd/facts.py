@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from snatd import __version__, report
-from snatd.core.model import Backend, count
+from snatd.core.model import count
 from snatd.core.plan import Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
@@ -20,17 +19,12 @@ _RECENT = 5
 _RULES, _LONGEST, _WRITERS = 4, 500, 4
 
 
+# Each repair, and who may have caused it.
+Causes = Mapping[Transaction, Sequence[Writer]]
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@dataclass
-class _Fight:
-    """A rival undoes each repair. `before`: how many repairs there were when it began."""
-
-    rival: str
-    since: str
-    before: int
 
 
 class Facts:
@@ -44,11 +38,11 @@ class Facts:
         self.events: Counter[str] = Counter()
         self.last_event: dict[str, Any] | None = None
         self.last_pass: dict[str, Any] | None = None
-        self._fight: _Fight | None = None
+        self.metrics_problem: str | None = None
+        self._fight: dict[str, Any] | None = None
         self._fights = 0
         self._last_fight: dict[str, Any] | None = None
         self._refused: dict[str, Any] | None = None
-        self._repaired = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._evidence: dict[str, Any] = {}
         self._state = "starting"
@@ -56,14 +50,11 @@ class Facts:
         self._particulars: tuple[str, ...] = ()
         self._view: dict[str, Any] = {}
 
-    def passed(
-        self, done: Pass, triggers: Counter[str], writers: dict[Writer, None], duration_s: float
-    ) -> None:
+    def passed(self, done: Pass, triggers: Counter[str], causes: Causes, duration_s: float) -> None:
         repairs = tuple(dict.fromkeys(done.applied))
         trigger = ",".join(triggers) or "resync"
         self.passes += 1
         self.repairs += len(repairs)
-        self._repaired = len(repairs)
         self._view = report.document(done.view)
         self._particulars = report.particulars(done.view)
         self.last_pass = {
@@ -72,9 +63,7 @@ class Facts:
             "trigger": trigger,
         }
         for one in repairs:
-            # nf_tables names who wrote to it, and so nobody who wrote to a legacy table.
-            named = () if one.backend is Backend.LEGACY else tuple(writers)
-            self._recent.appendleft(_repair(one, self._now(), trigger, named))
+            self._recent.appendleft(_repair(one, self._now(), trigger, causes[one]))
         self._enter(anew=bool(repairs))
 
     def heard(self, source: str, writer: Writer | None) -> None:
@@ -91,25 +80,21 @@ class Facts:
         """A new configuration was refused, or, with None, taken."""
         self._refused = None if complaints is None else {"at": self._now(), "why": list(complaints)}
 
-    def fights(self, rival: str | None) -> None:
-        """A fight goes on or begins; None: with somebody who is not known."""
+    def fights(self, rival: str | None, repairs: int, lasted_s: float) -> None:
+        """A fight begins or goes on. None: with somebody whom the kernel does not name."""
         if self._fight is None:
             self._fights += 1
-            rival = rival or "a program that the kernel does not name"
-            self._fight = _Fight(rival, self._now(), self.repairs - self._repaired)
-        elif rival is not None:
-            self._fight.rival = rival
+            began = datetime.fromisoformat(self._now()) - timedelta(seconds=lasted_s)
+            since = began.isoformat(timespec="milliseconds")
+            self._fight = {"with": "a program that the kernel does not name", "since": since}
+        self._fight |= {"with": rival or self._fight["with"], "repairs": repairs}
 
-    def fight_ended(self) -> str:
+    def fight_ended(self, repairs: int) -> str:
         """Returns whose it was."""
         assert self._fight is not None, "a fight that ends has begun"
-        fight, self._fight = self._fight, None
-        self._last_fight = self._fight_document(fight) | {"ended_at": self._now()}
-        return fight.rival
-
-    def _fight_document(self, fight: _Fight) -> dict[str, Any]:
-        repairs = self.repairs - fight.before
-        return {"with": fight.rival, "since": fight.since, "repairs": repairs}
+        self._last_fight = self._fight | {"repairs": repairs, "ended_at": self._now()}
+        self._fight = None
+        return str(self._last_fight["with"])
 
     def _enter(self, *, anew: bool = False) -> None:
         """`since` is when the state began; of "in sync" also when it was last repaired."""
@@ -131,7 +116,7 @@ class Facts:
         parts = [f"{self._state} since {self._clock(self._since)}"]
         if self._fight:
             parts = [
-                f"fighting with {self._fight.rival} since {self._clock(self._fight.since)}",
+                f"fighting with {self._fight['with']} since {self._clock(self._fight['since'])}",
                 "it undoes each repair",
                 f"at the last look {self._state}",
             ]
@@ -150,6 +135,8 @@ class Facts:
             for one in self._evidence.get("saved_rules", ())
             if one["state"] in ("left alone", "not written")
         ]
+        if self.metrics_problem:
+            parts.append(f"metrics not written: {self.metrics_problem}")
         return tuple(map(report.plain, parts))
 
     def _clock(self, at: str) -> str:
@@ -161,7 +148,6 @@ class Facts:
         return str(wrong[0]) if wrong and self._view.get("in_sync") else ""
 
     def document(self, mode: str) -> dict[str, Any]:
-        fight = self._fight and self._fight_document(self._fight)
         return {
             **self._view,
             **self._evidence,
@@ -175,18 +161,19 @@ class Facts:
             "since": self._since,
             "repairs": self.repairs,
             "recent_repairs": list(self._recent),
-            "fights": {"count": self._fights, "now": fight, "last": self._last_fight},
+            "fights": {"count": self._fights, "now": self._fight, "last": self._last_fight},
             "passes": self.passes,
             "events": dict(self.events),
             "last_event": self.last_event,
             "last_pass": self.last_pass,
             "configuration_refused": self._refused,
+            "metrics_problem": self.metrics_problem,
             "dropped_log_lines": journal.dropped["lines"],
         }
 
 
 def _repair(
-    transaction: Transaction, at: str, trigger: str, writers: tuple[Writer, ...]
+    transaction: Transaction, at: str, trigger: str, writers: Sequence[Writer]
 ) -> dict[str, Any]:
     return {
         "at": at,

@@ -171,6 +171,14 @@ def _guard(family: Family, view: View) -> dict[str, Any]:
     }
 
 
+def guard_meanwhile(view: View) -> str:
+    """What becomes of cluster traffic while a rule that hides it stands."""
+    families = [one.family for one in view.leased]
+    if families and all(_guard(family, view)["in_place"] for family in families):
+        return "in place: cluster traffic keeps its address all the same"
+    return "not in place: what begins before a repair is masqueraded, and stays so"
+
+
 def transaction_document(transaction: Transaction) -> dict[str, Any]:
     return {
         "family": transaction.family.value,

@@ -11,11 +11,11 @@ _snatd() {
         --watch) [[ $word == -* ]] || return ;;
     esac
     if ((COMP_CWORD == 1)); then
-        options="run check apply confirm status save revert flows verify explain --help --version"
+        options="run check apply confirm status save revert flows verify explain doctor --help --version"
     else
         case ${COMP_WORDS[1]} in
             run) options="--help --config" ;;
-            check | confirm | revert | verify) options="--help --config --json" ;;
+            check | confirm | revert | verify | doctor) options="--help --config --json" ;;
             status) options="--help --config --json --watch" ;;
             apply) options="--help --config --json --confirm" ;;
             save) options="--help --config --json --dry-run --full --without-dynamic" ;;

@@ -13,10 +13,11 @@ complete -c snatd -n __fish_use_subcommand -a save -d 'Bring the saved rules fil
 complete -c snatd -n __fish_use_subcommand -a revert -d 'Put back the rules that were there before'
 complete -c snatd -n __fish_use_subcommand -a flows -d 'List connections that still hide their container'
 complete -c snatd -n __fish_use_subcommand -a verify -d 'Send a datagram to each neighbour'
+complete -c snatd -n __fish_use_subcommand -a doctor -d 'Find what makes containers lose their address or their way'
 complete -c snatd -n __fish_use_subcommand -a explain -d 'Say who would rewrite the source of a packet'
 
-complete -c snatd -n '__fish_seen_subcommand_from run check apply confirm status save revert flows verify explain' -l config -r -F -d 'Configuration file'
-complete -c snatd -n '__fish_seen_subcommand_from check apply confirm status save revert flows verify explain' -l json -d 'One JSON object'
+complete -c snatd -n '__fish_seen_subcommand_from run check apply confirm status save revert flows verify explain doctor' -l config -r -F -d 'Configuration file'
+complete -c snatd -n '__fish_seen_subcommand_from check apply confirm status save revert flows verify explain doctor' -l json -d 'One JSON object'
 complete -c snatd -n '__fish_seen_subcommand_from apply' -l confirm -x -d 'Put everything back unless confirmed'
 complete -c snatd -n '__fish_seen_subcommand_from status' -l watch -d 'Go on showing it, looking every so many seconds'
 complete -c snatd -n '__fish_seen_subcommand_from save' -l dry-run -d 'Only show what would change'

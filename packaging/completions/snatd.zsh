@@ -12,6 +12,7 @@ commands=(
     'revert:put back the rules that were there before'
     'flows:list the connections whose container is still seen as somebody else'
     'verify:send a datagram to each neighbour'
+    'doctor:find what makes containers lose their address or their way'
     'explain:say who would rewrite the source of a packet'
 )
 common=('--help[show help]' '--config[configuration file]:file:_files')
@@ -23,7 +24,7 @@ if (( CURRENT == 2 )); then
 fi
 case $words[2] in
     run) _arguments ':command:' $common ;;
-    check|confirm|revert|verify) _arguments ':command:' $common '--json[one JSON object]' ;;
+    check|confirm|revert|verify|doctor) _arguments ':command:' $common '--json[one JSON object]' ;;
     status) _arguments ':command:' $common '--json[one JSON object]' '--watch[go on showing it]::seconds:' ;;
     apply) _arguments ':command:' $common '--json[one JSON object]' '--confirm[put everything back unless confirmed]:seconds:' ;;
     save) _arguments ':command:' $common '--json[one JSON object]' '--dry-run[only show it]' '--full[save all live rules]' '--without-dynamic[leave out the chains of Docker, Kubernetes and CNI]' ;;

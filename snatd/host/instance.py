@@ -16,6 +16,7 @@ class AlreadyRunning(Exception):
 
     def __init__(self, pid: str, path: Path) -> None:
         super().__init__(f"snatd is already running as pid {pid} (it holds {path})")
+        self.pid = pid
 
 
 def holder(runtime_dir: Path) -> int | None:

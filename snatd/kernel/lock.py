@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from snatd.core.deadline import Deadline
@@ -19,6 +20,17 @@ from snatd.core.locks import holder
 
 PATH = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 _TRY_AGAIN_S = 0.005
+
+
+@dataclass
+class Waits:
+    """How often this process wanted the lock, and how long that took together, got or not."""
+
+    count: int = 0
+    total_s: float = 0.0
+
+
+waits = Waits()
 
 
 class XtablesLock:
@@ -31,6 +43,18 @@ class XtablesLock:
     @contextmanager
     def held(self, deadline: Deadline) -> Iterator[None]:
         """Holds the lock. Blocks up to the deadline, then BackendBusy says who holds it."""
+        began_s = time.monotonic()
+        try:
+            descriptor = self._take(deadline)
+        finally:
+            waits.count += 1
+            waits.total_s += time.monotonic() - began_s
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _take(self, deadline: Deadline) -> int:
         descriptor = self._open()
         end_s = time.monotonic() + deadline.remaining_s(time.monotonic())
         while True:
@@ -43,12 +67,8 @@ class XtablesLock:
                 continue
             # Whoever waited on a file that was removed meanwhile holds what nobody else sees.
             if self._is_current(descriptor):
-                break
+                return descriptor
             descriptor = self._open()
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def _open(self) -> int:
         if self._descriptor is not None and self._is_current(self._descriptor):

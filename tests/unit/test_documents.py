@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tomllib
@@ -11,8 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import snatd
+from docs import manual
 from snatd import arguments, config
+from tests.lab.prometheus import DASHBOARD, RULES
+from tests.unit.test_counts import each_with_a_sample
 
 PACKAGING = Path(snatd.__file__).parents[1] / "packaging"
 
@@ -131,3 +137,65 @@ def test_the_manual_knows_each_key() -> None:
     manual = (PACKAGING / "man" / "snatd.toml.5").read_text()
     keys = re.findall(r"^\.It Ic (\w+)$", manual, re.MULTILINE)
     assert sorted(keys) == sorted(one.name for one in fields(config.Config))
+
+
+def metrics_in_the_code() -> dict[str, tuple[str, str]]:
+    """The type of each metric, and its labels with blanks between."""
+    return {
+        f"snatd_{one.name}": (
+            one.kind,
+            " ".join(label for label, _ in one.samples[0].labels if label != "le"),
+        )
+        for one in each_with_a_sample()
+    }
+
+
+def test_the_readme_knows_each_metric_with_type_and_labels() -> None:
+    readme = (PACKAGING.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(snatd_\w+)` \| (\w+) \| (.*?) ?\| .+ \|$", readme, re.MULTILINE)
+    found = {name: (kind, " ".join(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert len(found) == len(rows)
+    assert found == metrics_in_the_code()
+
+
+def series_in_the_code() -> set[str]:
+    """What a query may name."""
+    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
+    return {
+        f"{name}{suffix}"
+        for name, (kind, _) in metrics_in_the_code().items()
+        for suffix in suffixes.get(kind, ("",))
+    }
+
+
+def test_the_alert_rules_name_what_there_is_and_each_is_tested() -> None:
+    text = RULES.read_text()
+    named = set(re.findall(r"snatd_\w+", text))
+    assert len(named) > 5
+    assert named <= series_in_the_code()
+    tests = RULES.with_suffix(".test.yml").read_text()
+    assert set(re.findall(r"snatd_\w+", tests)) <= series_in_the_code()
+    fired = set(re.findall(r"alertname: (\w+)\n +exp_alerts:\n", tests))
+    assert fired == set(re.findall(r"- alert: (\w+)", text))
+    for part in ("severity", "summary", "description", "action"):
+        assert len(re.findall(rf"^ +{part}: .", text, re.MULTILINE)) == len(fired)
+
+
+def queries() -> list[str]:
+    """Of the dashboard, its variable's included."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    variables = [one.get("definition", "") for one in dashboard["templating"]["list"]]
+    return [one["expr"] for panel in dashboard["panels"] for one in panel["targets"]] + variables
+
+
+def test_the_dashboard_names_what_there_is() -> None:
+    named = set(re.findall(r"snatd_\w+", " ".join(queries())))
+    assert len(named) > 10
+    assert named <= series_in_the_code()
+
+
+@pytest.mark.parametrize("page", manual.PAGES, ids=lambda page: page.name)
+def test_the_lists_of_the_manual_are_up_to_date(page: Path) -> None:
+    """`make manual` makes them."""
+    assert page.read_text() == manual.renewed(page.read_text())
+    assert page.read_text().count('.\\" end\n') >= 1

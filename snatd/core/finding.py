@@ -1,0 +1,33 @@
+"""What `snatd doctor` finds on a node, as a value. Finds nothing itself."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Severity(enum.Enum):
+    """ERROR: traffic goes wrong now. WARNING: it will or may. INFO: worth knowing, and no fault."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`name`: what kind of finding, in words that never change. `evidence`: the very lines, files
+    or values. `remedy`: commands that mend it, or a sentence where no command can."""
+
+    name: str
+    severity: Severity
+    says: str
+    evidence: tuple[str, ...]
+    why: str
+    remedy: tuple[str, ...]
+
+
+def in_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """The gravest first, else as they were found; each once."""
+    gravity = list(Severity)
+    return tuple(sorted(dict.fromkeys(findings), key=lambda one: gravity.index(one.severity)))
