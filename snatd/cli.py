@@ -455,14 +455,13 @@ def _print_json(document: dict[str, Any]) -> None:
 # Of a line that begins so: what goes, what comes, and how grave a finding is.
 _COLOURS = (
     *(("-", "red"), ("+", "green")),
-    *(("error: ", "red"), ("warning: ", "yellow"), ("info: ", "cyan")),
+    *(("error: ", "bold red"), ("warning: ", "bold yellow"), ("info: ", "bold cyan")),
 )
 
 
 def _print_lines(lines: Sequence[str], to_stderr: bool = False) -> None:
-    stream = sys.stderr if to_stderr else sys.stdout
-
-    def colour(line: str) -> str:
-        return next((colour for head, colour in _COLOURS if line.startswith(head)), "")
-
-    print_lines(stream, [(line, colour(line)) for line in lines])
+    coloured = [
+        (line, next((colour for head, colour in _COLOURS if line.startswith(head)), ""))
+        for line in lines
+    ]
+    print_lines(sys.stderr if to_stderr else sys.stdout, coloured)

@@ -355,12 +355,12 @@ class Daemon:
         began_s, before = self._episode
         repairs, lasted_s = self._facts.repairs - before, round(ended_s - began_s, 1)
         if not self._schedule.fighting:
-            writer = self._facts.fight_ended()
+            writer = self._facts.fight_ended(repairs)
             self._log.info("fight_ended", writer=writer, repairs=repairs, lasted_s=lasted_s)
             self._episode = (ended_s, self._facts.repairs)
             return
         told = join(names) if names else None
-        self._facts.fights(told, before)
+        self._facts.fights(told, repairs, lasted_s)
         if not was_fighting:
             self._counts.fights += 1
             self._log.warning(
@@ -455,7 +455,7 @@ class Daemon:
             status.write(self._settings.runtime_dir, document, longest_silence_s)
         except OSError as error:
             path = status.path_in(self._settings.runtime_dir)
-            stale = "`snatd status` shows an old state meanwhile"
+            stale = "`snatd status` will say that the daemon does not answer"
             self._say("status_not_written", "warning", f"{path}: {error.strerror}", hint=stale)
         else:
             self._say("status_not_written", "warning", "")
@@ -469,7 +469,7 @@ class Daemon:
 
         self._metrics.offer(now_s, metrics)
         problem = self._metrics.problem
-        self._facts.metrics_problem = problem
+        self._facts.metrics_problem = problem or None
         hint = "tried again after each pass"
         self._say("metrics_not_written", "warning", problem, over="metrics_written", hint=hint)
 

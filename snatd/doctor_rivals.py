@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snatd import suspects
+from snatd import suspects, told
 from snatd.core import boot, docker, programs, rivals
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
@@ -25,10 +25,9 @@ from snatd.core.rules import is_ours
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
 from snatd.core.word import Word
-from snatd.host import files, processes
+from snatd.host import files, processes, status
 from snatd.host.docker import NAMES, read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
-from snatd.host.status import StatusFile
 from snatd.kernel.tools import Tools
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def _drift(examined: Examined) -> Found:
     if settings.mode == "enforce":
         cure = ("snatd apply",)
     planned = {one.family for one in view.plan if one.backend is Backend.GUARD}
-    said = _refused_guards(_said(StatusFile(settings.runtime_dir).word()))
+    said = _refused_guards(_said(status.StatusFile(settings.runtime_dir).word()) or {})
     refused = {family: why for family, why in said.items() if family in planned}
     refused |= {one.family: str(one) for one in view.unguarded if one.family}
     dockers = read_dockers(processes.find(NAMES)) if view.plan else ()
@@ -219,23 +218,25 @@ def _saved(examined: Examined) -> Found:
 
 def _daemon(examined: Examined) -> Found:
     """Whether snatd itself runs, and will after the next boot."""
-    word = StatusFile(examined.settings.runtime_dir).word()
+    word = status.StatusFile(examined.settings.runtime_dir).word()
     shown: dict[str, str] = {}
     if _SYSTEMD.is_dir():
         shown = _shown(examined.tools)
         if os.access(_CHECK_ORDER, os.X_OK):
             yield from boot.order_cycle(examined.tools.run([_CHECK_ORDER, "units"], _deadline()))
     yield from boot.unit(shown)
-    yield from boot.not_answering(word)
-    if word.life.runs is not True:
+    if word.life.runs is False:
         yield from boot.not_running(shown, drift=bool(examined.view.plan))
-    refused = _said(word).get("configuration_refused")
-    yield from boot.configuration_refused(tuple(refused["why"]) if refused else ())
+    elif word.life.is_stale:
+        yield from boot.not_answering(told.document(word, status.SCHEMA)["status"])
+    with suppress(*told.NOT_WHOLE):
+        refused = (_said(word) or {}).get("configuration_refused")
+        yield from boot.configuration_refused(refused["why"] if refused else ())
 
 
-def _said(word: Word) -> Mapping[str, Any]:
-    """The daemon's document, empty where its word does not count."""
-    return word.document if word.counts and word.document else {}
+def _said(word: Word) -> dict[str, Any] | None:
+    """What the daemon says of itself, as long as that counts."""
+    return word.document if word.counts else None
 
 
 def _shown(tools: Tools) -> dict[str, str]:

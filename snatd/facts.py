@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from snatd import __version__, report
@@ -15,24 +14,17 @@ from snatd.host import journal
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass
 
-# Each repair, and who may have caused it.
-Causes = Mapping[Transaction, Sequence[Writer]]
 # So much of a repair is told, and of so many; the journal has the rest.
 _RECENT = 5
 _RULES, _LONGEST, _WRITERS = 4, 500, 4
 
 
+# Each repair, and who may have caused it.
+Causes = Mapping[Transaction, Sequence[Writer]]
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@dataclass
-class _Fight:
-    """A rival undoes each repair. `before`: how many repairs there were when it began."""
-
-    rival: str
-    since: str
-    before: int
 
 
 class Facts:
@@ -46,7 +38,8 @@ class Facts:
         self.events: Counter[str] = Counter()
         self.last_event: dict[str, Any] | None = None
         self.last_pass: dict[str, Any] | None = None
-        self._fight: _Fight | None = None
+        self.metrics_problem: str | None = None
+        self._fight: dict[str, Any] | None = None
         self._fights = 0
         self._last_fight: dict[str, Any] | None = None
         self._refused: dict[str, Any] | None = None
@@ -88,26 +81,21 @@ class Facts:
         """A new configuration was refused, or, with None, taken."""
         self._refused = None if complaints is None else {"at": self._now(), "why": list(complaints)}
 
-    def fights(self, rival: str | None, before: int) -> None:
-        """A fight goes on or begins; None: with somebody who is not known. `before`: the repairs
-        until it began."""
+    def fights(self, rival: str | None, repairs: int, lasted_s: float) -> None:
+        """A fight begins or goes on. None: with somebody whom the kernel does not name."""
         if self._fight is None:
             self._fights += 1
-            rival = rival or "a program that the kernel does not name"
-            self._fight = _Fight(rival, self._now(), before)
-        elif rival is not None:
-            self._fight.rival = rival
+            began = datetime.fromisoformat(self._now()) - timedelta(seconds=lasted_s)
+            since = began.isoformat(timespec="milliseconds")
+            self._fight = {"with": "a program that the kernel does not name", "since": since}
+        self._fight |= {"with": rival or self._fight["with"], "repairs": repairs}
 
-    def fight_ended(self) -> str:
+    def fight_ended(self, repairs: int) -> str:
         """Returns whose it was."""
         assert self._fight is not None, "a fight that ends has begun"
-        fight, self._fight = self._fight, None
-        self._last_fight = self._fight_document(fight) | {"ended_at": self._now()}
-        return fight.rival
-
-    def _fight_document(self, fight: _Fight) -> dict[str, Any]:
-        repairs = self.repairs - fight.before
-        return {"with": fight.rival, "since": fight.since, "repairs": repairs}
+        self._last_fight = self._fight | {"repairs": repairs, "ended_at": self._now()}
+        self._fight = None
+        return str(self._last_fight["with"])
 
     def _enter(self, *, anew: bool = False) -> None:
         """`since` is when the state began; of "in sync" also when it was last repaired."""
@@ -129,7 +117,7 @@ class Facts:
         parts = [f"{self._state} since {self._clock(self._since)}"]
         if self._fight:
             parts = [
-                f"fighting with {self._fight.rival} since {self._clock(self._fight.since)}",
+                f"fighting with {self._fight['with']} since {self._clock(self._fight['since'])}",
                 "it undoes each repair",
                 f"at the last look {self._state}",
             ]
@@ -161,7 +149,6 @@ class Facts:
         return str(wrong[0]) if wrong and self._view.get("in_sync") else ""
 
     def document(self, mode: str) -> dict[str, Any]:
-        fight = self._fight and self._fight_document(self._fight)
         return {
             **self._view,
             **self._evidence,
@@ -175,13 +162,13 @@ class Facts:
             "since": self._since,
             "repairs": self.repairs,
             "recent_repairs": list(self._recent),
-            "fights": {"count": self._fights, "now": fight, "last": self._last_fight},
+            "fights": {"count": self._fights, "now": self._fight, "last": self._last_fight},
             "passes": self.passes,
             "events": dict(self.events),
             "last_event": self.last_event,
             "last_pass": self.last_pass,
             "configuration_refused": self._refused,
-            "metrics_problem": self.metrics_problem or None,
+            "metrics_problem": self.metrics_problem,
             "dropped_log_lines": journal.dropped["lines"],
         }
 

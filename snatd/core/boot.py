@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import count, join
 from snatd.core.plan import Change
 from snatd.core.saved import Edited, dynamic_chains
-from snatd.core.word import Life, Word
 
 UNIT = "snatd.service"
 # What starts containers. snatd.service is ordered before them.
@@ -171,28 +170,26 @@ def not_running(shown: Mapping[str, str], *, drift: bool) -> Iterator[Finding]:
     )
 
 
-def not_answering(word: Word) -> Iterator[Finding]:
-    """It runs, and its last word is older than a healthy daemon's ever is."""
-    if word.life in (Life.SILENT, Life.STOPPED):
-        age = "" if word.age_s is None else f", its last word is {word.age_s:.0f} s old"
-        yield Finding(
-            "not_answering",
-            Severity.WARNING,
-            "the daemon does not answer",
-            (f"pid {word.pid}: {word.life.value[0]}{age}",),
-            "nobody mends what others write; a guard that is there stays",
-            (f"systemctl restart {UNIT}", f"journalctl -u {UNIT}"),
-        )
+def not_answering(headline: str) -> Iterator[Finding]:
+    """`headline`: what `snatd status` says of it."""
+    yield Finding(
+        "not_answering",
+        Severity.WARNING,
+        "the daemon does not answer",
+        (headline,),
+        "nobody mends what others write; a guard that is there stays",
+        ("snatd status", f"systemctl restart {UNIT}"),
+    )
 
 
-def configuration_refused(why: tuple[str, ...]) -> Iterator[Finding]:
-    """`why`: what the daemon says of the file that it was told to read; empty if it took it."""
+def configuration_refused(why: Sequence[str]) -> Iterator[Finding]:
+    """`why`: what is wrong with the file that the daemon was told to read; empty if it took it."""
     if why:
         yield Finding(
             "configuration_refused",
             Severity.WARNING,
             "the daemon runs with an older configuration than the file's",
-            why,
+            tuple(why),
             "it refused the file when it was told to read it again; the next start would fail",
             ("# correct snatd.toml; `snatd check` says what is wrong", "systemctl reload snatd"),
         )

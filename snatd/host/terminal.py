@@ -13,10 +13,8 @@ from contextlib import suppress
 from typing import TextIO
 
 _COLOURS = {
-    "red": "\033[31m",
-    "green": "\033[32m",
-    "yellow": "\033[33m",
-    "cyan": "\033[36m",
+    **{"red": "\033[31m", "green": "\033[32m", "yellow": "\033[33m"},
+    **{"bold red": "\033[1;31m", "bold yellow": "\033[1;33m", "bold cyan": "\033[1;36m"},
 }
 _NO_COLOUR = "\033[0m"
 # xterm's private modes, which all terminals of today know: 1049 the alternate screen, 25 the

@@ -10,7 +10,7 @@ from snatd.core.plan import Transaction
 from snatd.facts import Facts
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass, View
-from tests.fakes import BROAD, V4, listed, plans, wish
+from tests.fakes import BROAD, LEGACY, V4, listed, plans, wish
 from tests.unit.test_report import PROBLEM
 
 IN_SYNC = View(wanted={V4: wish()})
@@ -128,13 +128,18 @@ def test_the_last_repairs_and_by_whom() -> None:
     assert last["removed"] == [f"-A POSTROUTING {BROAD}"] * 4, "the journal has all nine"
 
 
+def test_nobody_is_named_whom_nobody_named() -> None:
+    daemon = Daemon().passed(IN_SYNC, *repair(LEGACY))
+    assert daemon.document()["recent_repairs"][0]["writers"] == []
+
+
 def test_what_is_remembered_is_bounded() -> None:
     daemon = Daemon()
     for number in range(1000):
         daemon.facts.heard("nft", Writer(number, "x" * 15, "y" * 64))
         daemon.passed(IN_SYNC, *repair(number=1 + number % 20), by=Writer(number, "x" * 15))
-        daemon.facts.fights(f"rival {number}", 0)
-        daemon.facts.fight_ended()
+        daemon.facts.fights(f"rival {number}", 21, 3.5)
+        daemon.facts.fight_ended(22)
         daemon.clock.minute = 0
     assert daemon.document()["repairs"] == 1000
     assert daemon.document()["fights"]["count"] == 1000
@@ -155,34 +160,30 @@ def test_long_rules_are_cut() -> None:
 
 def test_a_fight_has_a_rival_a_time_and_a_number_of_repairs() -> None:
     daemon = Daemon().passed()
-    for _ in range(3):
-        daemon.passed(IN_SYNC, *repair(), by=IPTABLES)
-    daemon.facts.fights("iptables (pid 7)", 2)
-    daemon.passed(IN_SYNC, *repair())
-    daemon.facts.fights(None, 2)
+    daemon.facts.fights("iptables (pid 7)", 21, 3.5)
+    began = "2026-01-02T03:00:56.500+00:00"
+    first = {"with": "iptables (pid 7)", "since": began, "repairs": 21}
+    assert daemon.document()["fights"] == {"count": 1, "now": first, "last": None}
+    daemon.passed()
+    daemon.facts.fights(None, 24, 63.5)
     document = daemon.document()
-    assert document["fights"]["now"] == {
-        "with": "iptables (pid 7)",
-        "since": "2026-01-02T03:04:00.000+00:00",
-        "repairs": 2,
-    }
-    assert document["fights"]["last"] is None
+    assert document["fights"]["now"] == first | {"repairs": 24}
     assert document["status"].startswith(
-        "fighting with iptables (pid 7) since 03:04:00 UTC - it undoes each repair - "
+        "fighting with iptables (pid 7) since 03:00:56 UTC - it undoes each repair - "
         "at the last look in sync - 172.7.21.0/24"
     )
     daemon.passed()
-    assert daemon.facts.fight_ended() == "iptables (pid 7)"
-    fights = daemon.document()["fights"]
-    assert (fights["count"], fights["now"]) == (1, None)
-    assert fights["last"]["ended_at"] == "2026-01-02T03:06:00.000+00:00"
-    assert fights["last"]["repairs"] == 2
+    assert daemon.facts.fight_ended(24) == "iptables (pid 7)"
+    ended = first | {"repairs": 24, "ended_at": "2026-01-02T03:03:00.000+00:00"}
+    assert daemon.document()["fights"] == {"count": 1, "now": None, "last": ended}
 
 
 def test_a_rival_whom_the_kernel_does_not_name() -> None:
     daemon = Daemon().passed()
-    daemon.facts.fights(None, 2)
+    daemon.facts.fights(None, 21, 3.5)
     assert "a program that the kernel does not name" in daemon.facts.headline()
+    daemon.facts.fights("iptables (pid 7)", 22, 4.5)
+    assert "fighting with iptables (pid 7)" in daemon.facts.headline()
 
 
 def test_a_refused_configuration_is_told_until_a_good_one_comes() -> None:
@@ -207,5 +208,8 @@ def test_before_the_first_pass() -> None:
 def test_metrics_that_cannot_be_written_are_said() -> None:
     daemon = Daemon().passed()
     daemon.facts.metrics_problem = "/x/snatd.prom: No space left on device"
-    assert "metrics not written: /x/snatd.prom: No space left on device" in daemon.facts.headline()
+    assert daemon.facts.headline() == (
+        "in sync since 03:01:00 UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16 - "
+        "metrics not written: /x/snatd.prom: No space left on device - 0 repairs"
+    )
     assert daemon.document()["in_sync"] is True

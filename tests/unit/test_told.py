@@ -81,7 +81,8 @@ class Story:
             done = Pass(look(edges, self.policy, FAR_AWAY))
         else:
             done = reconcile(edges, self.policy, FAR_AWAY)
-        self.facts.passed(done, Counter(triggers), dict.fromkeys(done.applied, by), took_s)
+        causes = dict.fromkeys(done.applied, tuple(by))
+        self.facts.passed(done, Counter(triggers), causes, took_s)
         return self
 
     def hears(self, source: str, writer: Writer | None = None) -> Story:
@@ -192,19 +193,18 @@ def snated() -> dict[str, Any]:
 
 def fighting() -> Story:
     story = started(Story())
-    before = story.facts.repairs
     for second in range(20, 32):
         story.table().insert(BROAD)
         story.at(f"02:40:{second}").hears("nft", DOCKERD).run("nft", by=[DOCKERD])
         if second >= 30:
-            story.facts.fights(str(DOCKERD), before)
+            story.facts.fights(str(DOCKERD), second - 19, second - 20)
     return story
 
 
 def fight_ended() -> dict[str, Any]:
     story = fighting()
     story.at("02:41:02").run()
-    story.facts.fight_ended()
+    story.facts.fight_ended(12)
     return story.document()
 
 
@@ -238,6 +238,12 @@ def lease_v6() -> Any:
 DOCKER0_V6 = link(3, "docker0", "fd00:7:21::1/64")
 
 
+def metrics_problem() -> dict[str, Any]:
+    story = started(Story())
+    story.facts.metrics_problem = "/x/snatd.prom: No space left on device"
+    return story.document()
+
+
 def without_guard() -> dict[str, Any]:
     story = Story()
     story.table(GUARD).reads = [refused("Operation not supported")] * 9
@@ -256,6 +262,7 @@ CASES = {
     "refused-configuration": (Word(Life.ANSWERS, refused_configuration(), 3.0, 27287), EXIT_DRIFT),
     "two-families-guard-off": (Word(Life.ANSWERS, two_families(), 3.0, 27287), EXIT_OK),
     "without-guard": (Word(Life.ANSWERS, without_guard(), 3.0, 27287), EXIT_OK),
+    "metrics-problem": (Word(Life.ANSWERS, metrics_problem(), 3.0, 27287), EXIT_OK),
     "unseen": (Word(Life.UNSEEN, waiting(), 3.0, 27287), EXIT_DRIFT),
     "dead": (Word(Life.GONE, in_sync(), 190.0, 27287), EXIT_WAITING),
     "not-answering": (Word(Life.SILENT, in_sync(), 190.0, 27287), EXIT_FAILING),
@@ -293,6 +300,7 @@ def test_colours_of_the_headline() -> None:
         "in-sync",
         "fight-ended",
         "two-families-guard-off",
+        "metrics-problem",
         "without-guard",
     }
     assert {name for name in colours if colours[name] == "yellow"} == {
