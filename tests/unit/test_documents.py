@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import subprocess
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import snatd
 from snatd import arguments, config
 
+CODE = Path(snatd.__file__).parent
 PACKAGING = Path(snatd.__file__).parents[1] / "packaging"
 
 Options = dict[str, frozenset[str]]
@@ -92,6 +94,26 @@ def test_the_example_has_every_key_commented_with_its_default() -> None:
     assert set(table) == {one.name for one in fields(config.Config)}
     del table["metrics_textfile"]  # it has no default
     assert config.from_table(table, "snatd.toml") == config.Config()
+
+
+def findings_in_the_code() -> list[str]:
+    """The first argument of each Finding: a literal, so that it can be found by who reads it."""
+    found = []
+    for path in CODE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+                if call.func.id == "Finding":
+                    name = call.args[0] if call.args else None
+                    assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}"
+                    found.append(str(name.value))
+    return found
+
+
+def test_the_manual_knows_each_finding() -> None:
+    manual = (PACKAGING / "man" / "snatd.8").read_text()
+    described = re.findall(r"^\.It Li (\w+)$", manual, re.MULTILINE)
+    assert len(described) > 30
+    assert described == sorted(set(findings_in_the_code()))
 
 
 def test_the_manual_knows_each_key() -> None:
