@@ -101,11 +101,10 @@ def findings_in_the_code() -> list[str]:
     found = []
     for path in CODE.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                if call.func.id == "Finding":
-                    name = call.args[0] if call.args else None
-                    assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}"
-                    found.append(str(name.value))
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding":
+                name = call.args[0] if call.args else None
+                assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}"
+                found.append(str(name.value))
     return found
 
 

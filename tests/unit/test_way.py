@@ -134,6 +134,7 @@ def test_a_router_is_told_to_listen_to_advertisements_first() -> None:
         ("eth0=10.0.0.1/8", [("no_bridge", "info")]),
         ("veth1=172.7.21.1/32", [("no_bridge", "info")]),
         ("docker0=172.17.0.1/16", [("bridge_elsewhere", "error")]),
+        ("cni0=172.17.0.1/16", [("bridge_elsewhere", "warning")]),
         ("docker0=", [("bridge_elsewhere", "warning")]),
         ("docker0=fe80::1/64", [("bridge_elsewhere", "warning")]),
         ("br0=172.7.21.1/16", [("bridge_elsewhere", "error")]),
@@ -146,7 +147,8 @@ def test_who_carries_the_address(links: str, expected: list[tuple[str, str]]) ->
         name, _, address = one.partition("=")
         made.append(link(index, name, address))
     of = FamilyLease(ip_interface("172.7.21.1/24"), networks("172.7.0.0/16"))
-    assert names(way.bridge(of, made, (), {})) == expected
+    ports = [Device("v1", master="docker0"), Device("v2", master="br0")]
+    assert names(way.bridge(of, made, ports, {})) == expected
 
 
 def test_of_two_devices_the_one_with_containers_keeps_the_address() -> None:
@@ -169,17 +171,23 @@ def test_of_two_devices_the_one_with_containers_keeps_the_address() -> None:
     ],
 )
 def test_how_full_a_table_is(entries: int, refused: int, expected: list[str]) -> None:
-    for found in (
-        list(way.connections_full(entries, 1000, refused)),
-        list(way.neighbours_full(V6, entries, 1000, refused)),
+    for found, key, path in (
+        (
+            list(way.connections_full(entries, 1000, {"drop": 0, "early_drop": refused})),
+            "net.netfilter.nf_conntrack_max",
+            "early_drop = {} in /proc/net/stat/nf_conntrack",
+        ),
+        (
+            list(way.neighbours_full(V6, entries, 1000, {"table_fulls": refused})),
+            "net.ipv6.neigh.default.gc_thresh3",
+            "table_fulls = {} in /proc/net/stat/ndisc_cache",
+        ),
     ):
         assert [one.severity.value for one in found] == expected
         for one in found:
-            assert one.evidence == (
-                f"{one.remedy[0].split(' ')[-1].partition('=')[0]}: {entries} of 1000 entries",
-                f"{refused} times no room since the boot",
-            )
-            assert one.remedy[0].endswith("=2000")
+            counted = [path.format(refused)] if refused else []
+            assert list(one.evidence) == [f"{entries} entries, {key} = 1000", *counted]
+            assert one.remedy[0] == f"sysctl -w {key}=2000"
 
 
 def asked(device: str | None, gateway: str = "") -> way.Asked:
@@ -687,4 +695,4 @@ def test_the_machines_own_counters_can_be_read() -> None:
     """They exist in the first network namespace only, so no lonely host has them."""
     for family in Family:
         assert read_table(way.NEIGHBOUR_TABLE[family]).get("entries", 0) >= 0
-    assert set(read_table("stat/nf_conntrack")) >= {"drop", "early_drop"}
+    assert set(read_table(way.CONNECTION_TABLE)) >= {"drop", "early_drop"}
