@@ -65,11 +65,10 @@ class Reached:
 
 def read_reached(examined: Examined) -> tuple[Reached, ...]:
     """Raises BackendError."""
-    from snatd.kernel.links import read_devices, read_surroundings
+    from snatd.kernel.links import read_surroundings
 
-    devices = read_devices()
     return tuple(
-        _reached(one, one.bridge, examined, read_surroundings(one.family, devices))
+        _reached(one, one.bridge, examined, read_surroundings(one.family, examined.devices))
         for one in examined.leased
         if isinstance(one.bridge, str)
     )
@@ -133,20 +132,17 @@ def _lease(examined: Examined) -> Found:
 
 
 def _bridge(examined: Examined) -> Found:
-    from snatd.kernel.links import read_devices
-
     node = examined.node
     if node is None or not isinstance(node.lease, Lease):
         return
-    devices = read_devices()
     for family, lease in node.lease.families:
         if not node.has(family):
-            yield way.family_off(lease)
+            yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))
             continue
         key = way.SWITCHED_OFF.get(family)
         names = [link.name for link in node.links] if key else []
         off = {key.format(name): read_sysctl(key.format(name)) for name in names if key}
-        yield from way.bridge(lease, node.links, devices, off)
+        yield from way.bridge(lease, node.links, examined.devices, off)
 
 
 def _forwarding(examined: Examined) -> Found:

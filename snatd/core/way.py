@@ -39,6 +39,7 @@ FORWARDING = {
 # The families that check whether a packet came in where one to its source would leave.
 RP_FILTER = {Family.V4: "net/ipv4/conf/{}/rp_filter"}
 SWITCHED_OFF = {Family.V6: "net/ipv6/conf/{}/disable_ipv6"}
+SWITCHED_OFF_EVERYWHERE = "net.ipv6.conf.all.disable_ipv6"
 BRIDGE_CALLS = {
     Family.V4: "net.bridge.bridge-nf-call-iptables",
     Family.V6: "net.bridge.bridge-nf-call-ip6tables",
@@ -60,7 +61,7 @@ def forwarding(
     """`value`: of the family's sysctl; `of_device`: of the one of each device by which the packets
     come in. `routes`: of the main table."""
     keys = FORWARDING[leased.family]
-    forced = bool(keys.instead and of_device) and set(of_device.values()) == {"1"}
+    forced = bool(keys.instead) and set(of_device.values()) == {"1"}
     if value == "0" and not forced:
         # A router does not listen to advertisements, unless it is told to.
         learned = [one.device for one in routes if "proto ra" in one.flags]
@@ -301,15 +302,19 @@ def aside(
 ) -> tuple[tuple[Hop, str, Neighbour | None], ...]:
     """For each device but the bridge the first route that leads elsewhere, one whose gateway was
     met there if there is any."""
+    by_gateway = {hop.gateway: hop for hop in reversed(routes)}
     found: dict[str, tuple[Hop, str, Neighbour | None]] = {}
     for one in around.neighbours:
         if not one.answers or one.device == bridge_name or one.address.is_multicast:
             continue
-        for hop in routes:
-            if hop.device not in (one.device, ""):
-                met = one if one.address == hop.gateway else None
-                if met or one.device not in found:
-                    found[one.device] = (hop, one.device, met)
+        behind = by_gateway.get(one.address)
+        if behind is not None and behind.device != one.device:
+            found[one.device] = (behind, one.device, one)
+        elif one.device not in found:
+            for hop in routes:
+                if hop.device != one.device:
+                    found[one.device] = (hop, one.device, None)
+                    break
     return tuple(found.values())
 
 
@@ -423,12 +428,14 @@ def bridge_not_asking(leased: Desired, device: Device, value: str | None) -> Ite
     )
 
 
-def family_off(lease: FamilyLease) -> Finding:
+def family_off(lease: FamilyLease, value: str | None) -> Finding:
+    """`value`: of the sysctl that switches the family off everywhere, None without."""
+    key = SWITCHED_OFF_EVERYWHERE
     return Finding(
         "family_off",
         Severity.INFO,
         f"flannel leased {lease.subnet}, and this kernel does not speak IPv{lease.subnet.version}",
-        ("net.ipv6.conf.all.disable_ipv6 = 1, or ipv6.disable=1 on the kernel's command line",),
+        (f"{key} = {value}" if value else f"{key}: no such sysctl",),
         "no container has such an address",
         ("# nothing, if that is meant so",),
     )

@@ -206,7 +206,8 @@ def test_a_lease_that_says_too_little(node: Node, snatd: Snatd) -> None:
 def test_ipv6_is_leased_and_switched_off(node: Node, snatd: Snatd) -> None:
     node.host.shell("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
     node.write_lease(v6=True)
-    only(snatd, "family_off", "info")
+    one = only(snatd, "family_off", "info")
+    assert one["evidence"] == ["net.ipv6.conf.all.disable_ipv6 = 1"]
 
 
 @pytest.mark.parametrize("device", ["docker0", "cni0"])
@@ -401,6 +402,17 @@ def test_a_forward_policy_without_any_rule(lab: Lab, tmp_path: Path) -> None:
             mend(node, one)
         assert connected(lab)
         assert found(snatd, 0) == {}
+
+
+def test_the_tables_of_the_other_backend_drop(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    """Of which nothing but a policy is in use."""
+    node.host.run("iptables-legacy", "-w", "5", "-P", "FORWARD", "DROP")
+    assert calls(nft_lab) == NEITHER
+    one = found(snatd)["inbound_dropped"]
+    assert one["evidence"] == ["legacy ip filter FORWARD policy drop"]
+    mend(node, one)
+    assert connected(nft_lab)
+    assert found(snatd, 0) == {}
 
 
 def test_answers_are_dropped(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
@@ -769,9 +781,8 @@ def test_a_tunnel_is_not_complete(
     vxlan.host.shell(undo[missing])
     assert calls(nft_lab) == NEITHER
     one = only(vxlan_snatd, "tunnel_incomplete")
-    assert one["evidence"][0].startswith(
-        "route 172.7.22.0/24 via 172.7.22.0 dev flannel.1 onlink, but no "
-    )
+    (line,) = one["evidence"]
+    assert line.startswith("route 172.7.22.0/24 via 172.7.22.0 dev flannel.1 onlink, but no ")
     for command in (_NEIGHBOUR, _END):  # as flanneld does when it starts
         vxlan.host.shell(_filled(command, other).replace("append", "replace"))
     assert connected(nft_lab)

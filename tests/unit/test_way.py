@@ -208,6 +208,13 @@ def test_the_kernels_answer_is_compared_with_all_hops_of_a_route() -> None:
     assert list(way.to_nodes(WISH, [(two[0], asked("eth1"))], replace(here, rules=()))) == []
 
 
+@pytest.mark.parametrize(("device", "wrong"), [("docker0", 0), (None, 0), ("eth0", 1)])
+def test_where_packets_for_containers_go(device: str | None, wrong: int) -> None:
+    """Where the kernel would not forward at all, something else is wrong."""
+    found = list(way.to_containers(WISH, [asked(device)], around("172.7.21.0/24 dev docker0")))
+    assert names(found) == [("subnet_goes_elsewhere", "error")] * wrong
+
+
 def test_the_remedy_stands_before_the_first_policy_rule() -> None:
     here = around(OTHER, rules=("100: from all lookup 5", "7: iif eth0 lookup 6"))
     (found,) = way.to_nodes(WISH, [(OTHER, asked("eth1"))], here)
@@ -477,6 +484,7 @@ def port(mtu: int, inner: int | None) -> Device:
         (1450, 1400, 1450, ["mtu_differs_on_bridge"]),
         (1500, 1500, 1500, ["mtu_above_flannel"]),
         (1450, 1500, 1500, ["mtu_above_flannel"]),
+        (1400, 1400, 1450, ["mtu_differs_on_bridge"]),
         (1500, 1500, None, ["mtu_above_flannel"]),
     ],
 )
