@@ -18,6 +18,7 @@ from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
 from snatd.core.finding import Finding, Severity, in_order
 from snatd.core.model import NodeState, count
+from snatd.core.surroundings import Device
 from snatd.doctor_way import Found, Reached, read_reached
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
@@ -43,6 +44,13 @@ class Examined:
     def node(self) -> NodeState | None:
         """None where it could not be read; the view says why."""
         return self.view.node
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """Raises BackendError."""
+        from snatd.kernel.links import read_devices
+
+        return read_devices()
 
     @cached_property
     def reached(self) -> tuple[Reached, ...]:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 Found = Iterator[Finding]
 
-# Of each look at rules or connections.
-_LIMIT_S = 2.0
+# Of each look at rules, which takes some milliseconds, and at connections, of which a part will do.
+_LIMIT_S, _CONNECTIONS_S = 5.0, 1.0
 # Routes that are asked of the kernel one by one, 1 ms each.
 _MOST_ROUTES = 32
 
@@ -65,11 +65,10 @@ class Reached:
 
 def read_reached(examined: Examined) -> tuple[Reached, ...]:
     """Raises BackendError."""
-    from snatd.kernel.links import read_devices, read_surroundings
+    from snatd.kernel.links import read_surroundings
 
-    devices = read_devices()
     return tuple(
-        _reached(one, one.bridge, examined, read_surroundings(one.family, devices))
+        _reached(one, one.bridge, examined, read_surroundings(one.family, examined.devices))
         for one in examined.leased
         if isinstance(one.bridge, str)
     )
@@ -80,14 +79,16 @@ def _reached(leased: Desired, bridge: str, examined: Examined, around: Surroundi
     own = {address.ip for link in examined.node.links for address in link.addresses}
     used = own | {one.address for one in around.neighbours}
     known = [Route(one.destination, "") for one in around.routes]
-    spare = unused_address(leased.subnet, used, known) or leased.subnet[-2]
+    spare = unused_address(leased.subnet, used, known) or leased.subnet.broadcast_address
     there = into(around.routes, leased.networks, leased.subnet)
     legs = _legs(leased, there) or _by_default(leased)
-    device = around.device(bridge)
-    carriers = [one for link in examined.node.links for one in link.addresses]
-    alone = [one.network for one in carriers].count(leased.subnet) == 1
+    device, lease = around.device(bridge), examined.node.lease
+    of_family = None if isinstance(lease, Hold) else lease.of(leased.family)
+    carriers = [
+        link for link in examined.node.links if of_family and of_family.gateway in link.addresses
+    ]
     forwards = read_sysctl(way.FORWARDING[leased.family].all) != "0"
-    tells = forwards and alone and device is not None and device.up
+    tells = forwards and len(carriers) == 1 and device is not None and device.up
     return Reached(leased, bridge, spare, around, there, legs, tells)
 
 
@@ -131,30 +132,29 @@ def _lease(examined: Examined) -> Found:
 
 
 def _bridge(examined: Examined) -> Found:
-    from snatd.kernel.links import read_devices
-
     node = examined.node
     if node is None or not isinstance(node.lease, Lease):
         return
-    devices = read_devices()
     for family, lease in node.lease.families:
         if not node.has(family):
-            yield way.family_off(lease)
+            yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))
             continue
         key = way.SWITCHED_OFF.get(family)
         names = [link.name for link in node.links] if key else []
         off = {key.format(name): read_sysctl(key.format(name)) for name in names if key}
-        yield from way.bridge(lease, node.links, devices, off)
+        yield from way.bridge(lease, node.links, examined.devices, off)
 
 
 def _forwarding(examined: Examined) -> Found:
-    for one in examined.reached:
-        keys = way.FORWARDING[one.leased.family]
-        value = read_sysctl(keys.all)
+    reached = {one.leased.family: one for one in examined.reached}
+    for leased in examined.leased:
+        keys = way.FORWARDING[leased.family]
+        value, here = read_sysctl(keys.all), reached.get(leased.family)
         own = keys.device or keys.instead
-        of_device = {name: read_sysctl(own.format(name)) for name in one.coming_in}
+        of_device = {one: read_sysctl(own.format(one)) for one in (here.coming_in if here else ())}
         if value is not None:
-            yield from way.forwarding(one.leased, value, of_device, one.around.routes)
+            routes_there = here.around.routes if here else ()
+            yield from way.forwarding(leased, value, of_device, routes_there)
 
 
 def _sizes(examined: Examined) -> Found:
@@ -300,24 +300,23 @@ def _connections(examined: Examined) -> Found:
         )
         return
     for one in examined.reached:
-        peers = read_peers(one.leased, examined.tools, _LIMIT_S / 2)
+        peers = read_peers(one.leased, examined.tools, _CONNECTIONS_S)
         yield from routes.strays(one.leased, peers, one.around)
 
 
 def _full(examined: Examined) -> Found:
     entries = read_number("net.netfilter.nf_conntrack_count")
-    most = read_number("net.netfilter.nf_conntrack_max")
-    table = read_table("stat/nf_conntrack")
+    most = read_number(way.CONNECTION_LIMIT)
+    table = read_table(way.CONNECTION_TABLE)
     if entries is not None and most:
-        refused = table.get("drop", 0) + table.get("early_drop", 0)
+        refused = {name: table.get(name, 0) for name in ("drop", "early_drop")}
         yield from way.connections_full(entries, most, refused)
     for one in examined.leased:
         table = read_table(way.NEIGHBOUR_TABLE[one.family])
         most = read_number(way.NEIGHBOUR_LIMIT[one.family])
         if table and most:
-            yield from way.neighbours_full(
-                one.family, table["entries"], most, table.get("table_fulls", 0)
-            )
+            refused = {"table_fulls": table.get("table_fulls", 0)}
+            yield from way.neighbours_full(one.family, table["entries"], most, refused)
 
 
 def _services(examined: Examined) -> Found:

@@ -258,16 +258,12 @@ def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
         outgoing = any(one.source == rules.leased.subnet for one in stopped)
         for network in rules.leased.cluster:
             if incoming:
-                commands |= _rule(rules, hook, network, rules.leased.subnet)
+                commands[_accepting(rules, hook, network, rules.leased.subnet)] = None
             if outgoing:
-                commands |= _rule(rules, hook, rules.leased.subnet, network)
+                commands[_accepting(rules, hook, rules.leased.subnet, network)] = None
         if stopped:
-            commands |= dict.fromkeys(_lasting(rules, hook))
+            commands[_lasting(rules, hook)] = None
     return tuple(commands)
-
-
-def _rule(rules: Rules, hook: Hook, source: Network, destination: Network) -> dict[str, None]:
-    return {_accepting(rules, hook, source, destination): None}
 
 
 def _accepting(rules: Rules, hook: Hook, source: Network, destination: Network) -> str:
@@ -278,10 +274,9 @@ def _accepting(rules: Rules, hook: Hook, source: Network, destination: Network) 
             [*command, "-I", chain, "-s", str(source), "-d", str(destination), "-j", "ACCEPT"]
         )
     ip = _NFT_ADDRESS[family]
+    of, _, table = hook.table.partition(" ")
     match = [ip, "saddr", str(source), ip, "daddr", str(destination)]
-    return shlex.join(
-        ["nft", "insert", "rule", *hook.table.split(" "), hook.chain, *match, "accept"]
-    )
+    return shlex.join(["nft", "insert", "rule", of, table, hook.chain, *match, "accept"])
 
 
 def _iptables(family: Family, hook: Hook, iptables_is: Backend) -> list[str]:
@@ -296,20 +291,20 @@ def _iptables(family: Family, hook: Hook, iptables_is: Backend) -> list[str]:
     return [f"{family.command}{suffix}", *([] if table == "filter" else ["-t", table])]
 
 
-def _lasting(rules: Rules, hook: Hook) -> tuple[str, ...]:
+def _lasting(rules: Rules, hook: Hook) -> str:
     networks = join(rules.leased.cluster)
     if hook.table.endswith(" firewalld"):
         return (
             f"# to last: firewall-cmd --permanent --zone=trusted --add-source={networks}, and "
-            "firewall-cmd --reload",
+            "firewall-cmd --reload"
         )
     if any(one.startswith("ufw") for one in hook.chains):
-        return (f"# to last: ufw route allow from {networks} to {rules.leased.subnet}, and back",)
+        return f"# to last: ufw route allow from {networks} to {rules.leased.subnet}, and back"
     if _is_dockers(hook):
-        return (_DIRECT_ROUTING,)
+        return _DIRECT_ROUTING
     if _iptables(rules.leased.family, hook, rules.iptables_is):
-        return ("# to last over a boot it has to be among the saved rules: man snatd, save",)
-    return ("# to last it has to be where this table is written",)
+        return "# to last over a boot it has to be among the saved rules: man snatd, save"
+    return "# to last it has to be where this table is written"
 
 
 _DIRECT_ROUTING = (

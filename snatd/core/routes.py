@@ -318,13 +318,14 @@ def strays(leased: Desired, peers: Iterable[Peer], around: Surroundings) -> Iter
     routed = any(one.kind == UNICAST for one in into(around.routes, leased.networks, leased.subnet))
     lost: list[tuple[Peer, Hop]] = []
     for one in peers:
-        led = around.route(one.address)
         if one.answers or (one.answers is None and not routed):
             continue
+        if not any(one.address in some for some in leased.networks):
+            continue
+        led = around.route(one.address)
         if led is None or led.kind != UNICAST:
             continue
-        wider = not any(contains(some, led.destination) for some in leased.cluster)
-        if wider and any(one.address in some for some in leased.networks):
+        if not any(contains(some, led.destination) for some in leased.cluster):
             lost.append((one, led))
     if not lost:
         return

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from snatd.core.model import Address, Family, Network
-from snatd.core.networks import contains
+from snatd.core.networks import contains, network
 
 UNICAST = "unicast"
 
@@ -115,10 +116,21 @@ class Surroundings:
     def device(self, name: str) -> Device | None:
         return next((one for one in self.devices if one.name == name), None)
 
+    @cached_property
+    def _by_length(self) -> dict[int, dict[Network, Hop]]:
+        """Of each prefix the route of the least metric, the longest prefixes first."""
+        found: dict[int, dict[Network, Hop]] = {}
+        for one in sorted(self.routes, key=lambda one: (-one.destination.prefixlen, -one.metric)):
+            found.setdefault(one.destination.prefixlen, {})[one.destination] = one
+        return found
+
     def route(self, address: Address) -> Hop | None:
         """What the main table says: the longest prefix, of these the least metric."""
-        there = [one for one in self.routes if address in one.destination]
-        return min(there, key=lambda one: (-one.destination.prefixlen, one.metric), default=None)
+        for length, routes in self._by_length.items():
+            prefix = network(f"{address}/{min(length, address.max_prefixlen)}", strict=False)
+            if found := routes.get(prefix):
+                return found
+        return None
 
 
 def into(routes: Iterable[Hop], networks: Iterable[Network], subnet: Network) -> tuple[Hop, ...]:
@@ -126,9 +138,9 @@ def into(routes: Iterable[Hop], networks: Iterable[Network], subnet: Network) ->
     and those that cover one whole without being the default."""
     found = []
     for one in routes:
-        inside = any(contains(network, one.destination) for network in networks)
+        inside = any(contains(some, one.destination) for some in networks)
         wider = one.destination.prefixlen > 0 and any(
-            contains(one.destination, network) for network in networks
+            contains(one.destination, some) for some in networks
         )
         if (inside or wider) and not contains(subnet, one.destination):
             found.append(one)

@@ -39,6 +39,7 @@ FORWARDING = {
 # The families that check whether a packet came in where one to its source would leave.
 RP_FILTER = {Family.V4: "net/ipv4/conf/{}/rp_filter"}
 SWITCHED_OFF = {Family.V6: "net/ipv6/conf/{}/disable_ipv6"}
+SWITCHED_OFF_EVERYWHERE = "net.ipv6.conf.all.disable_ipv6"
 BRIDGE_CALLS = {
     Family.V4: "net.bridge.bridge-nf-call-iptables",
     Family.V6: "net.bridge.bridge-nf-call-ip6tables",
@@ -60,7 +61,7 @@ def forwarding(
     """`value`: of the family's sysctl; `of_device`: of the one of each device by which the packets
     come in. `routes`: of the main table."""
     keys = FORWARDING[leased.family]
-    forced = bool(keys.instead and of_device) and set(of_device.values()) == {"1"}
+    forced = bool(keys.instead) and set(of_device.values()) == {"1"}
     if value == "0" and not forced:
         # A router does not listen to advertisements, unless it is told to.
         learned = [one.device for one in routes if "proto ra" in one.flags]
@@ -106,9 +107,9 @@ def bridge(
     sysctl of each device that keeps the family from it."""
     gateway, version = lease.gateway, lease.gateway.version
     carriers = [link.name for link in links if gateway in link.addresses]
+    busy = Counter(one.master for one in devices)
     if len(carriers) > 1:
         # The one that has containers, if that tells.
-        busy = Counter(one.master for one in devices)
         first, *more = sorted(carriers, key=lambda name: -busy[name])
         yield Finding(
             "subnet_on_two_devices",
@@ -167,7 +168,7 @@ def bridge(
     off = [key for key, value in switched_off.items() if f"/{name}/" in key and value == "1"]
     yield Finding(
         "bridge_elsewhere",
-        Severity.ERROR if carried else Severity.WARNING,
+        Severity.ERROR if carried and name in busy else Severity.WARNING,
         f"{name} does not carry the address that flannel leased",
         (f"FLANNEL_SUBNET says {gateway}", f"{name} carries {said}", *(f"{k} = 1" for k in off)),
         "its containers get addresses to which no other node has a route"
@@ -301,15 +302,19 @@ def aside(
 ) -> tuple[tuple[Hop, str, Neighbour | None], ...]:
     """For each device but the bridge the first route that leads elsewhere, one whose gateway was
     met there if there is any."""
+    by_gateway = {hop.gateway: hop for hop in reversed(routes)}
     found: dict[str, tuple[Hop, str, Neighbour | None]] = {}
     for one in around.neighbours:
         if not one.answers or one.device == bridge_name or one.address.is_multicast:
             continue
-        for hop in routes:
-            if hop.device not in (one.device, ""):
-                met = one if one.address == hop.gateway else None
-                if met or one.device not in found:
-                    found[one.device] = (hop, one.device, met)
+        behind = by_gateway.get(one.address)
+        if behind is not None and behind.device != one.device:
+            found[one.device] = (behind, one.device, one)
+        elif one.device not in found:
+            for hop in routes:
+                if hop.device != one.device:
+                    found[one.device] = (hop, one.device, None)
+                    break
     return tuple(found.values())
 
 
@@ -345,34 +350,35 @@ def reverse_path(leased: Desired, others: Sequence[Aside], dropped: int) -> Iter
 _NEARLY = 0.9
 
 
-def table_full(
-    entries: int, most: int, refused: int, *, name: str, key: str
-) -> tuple[Severity, tuple[str, str], tuple[str, ...]] | None:
-    """How full one of the kernel's tables is: severity, evidence, remedy; None where it is not, and
-    never was. `refused`: how often since the boot there was no room."""
-    evidence = (f"{name}: {entries} of {most} entries", f"{refused} times no room since the boot")
-    if entries >= most:
-        return Severity.ERROR, evidence, set_to(key, most * 2)
+def _fullness(entries: int, most: int, refused: bool) -> Severity | None:
+    """None where a table is not full, and never was."""
     if entries >= most * _NEARLY:
-        return Severity.WARNING, evidence, set_to(key, most * 2)
-    return (Severity.INFO, evidence, set_to(key, most * 2)) if refused else None
+        return Severity.ERROR if entries >= most else Severity.WARNING
+    return Severity.INFO if refused else None
 
 
-def connections_full(entries: int, most: int, refused: int) -> Iterator[Finding]:
-    """`refused`: connections that were dropped, or ended early to make room."""
-    key = "net.netfilter.nf_conntrack_max"
-    if found := table_full(entries, most, refused, name=key, key=key):
-        severity, evidence, remedy = found
+def _counted(key: str, entries: int, most: int, refused: Mapping[str, int], path: str) -> list[str]:
+    some = [f"{name} = {number} in /proc/net/{path}" for name, number in refused.items() if number]
+    return [f"{entries} entries, {key} = {most}", *some]
+
+
+CONNECTION_LIMIT = "net.netfilter.nf_conntrack_max"
+CONNECTION_TABLE = "stat/nf_conntrack"
+
+
+def connections_full(entries: int, most: int, refused: Mapping[str, int]) -> Iterator[Finding]:
+    """`refused`: counters of connections that were dropped, or ended early to make room."""
+    if severity := _fullness(entries, most, any(refused.values())):
         yield Finding(
             "connections_full",
             severity,
             "the table of connections was full once"
             if severity is Severity.INFO
             else "the table of connections is full, or nearly",
-            evidence,
+            tuple(_counted(CONNECTION_LIMIT, entries, most, refused, CONNECTION_TABLE)),
             "while it is full, the first packet of a new connection is dropped (`nf_conntrack: "
             "table full, dropping packet` in the kernel's log)",
-            remedy,
+            set_to(CONNECTION_LIMIT, most * 2),
         )
 
 
@@ -383,21 +389,22 @@ NEIGHBOUR_LIMIT = {
 }
 
 
-def neighbours_full(family: Family, entries: int, most: int, refused: int) -> Iterator[Finding]:
+def neighbours_full(
+    family: Family, entries: int, most: int, refused: Mapping[str, int]
+) -> Iterator[Finding]:
     """Each container and each node on the same link takes an entry."""
     key = NEIGHBOUR_LIMIT[family]
-    if found := table_full(entries, most, refused, name=key, key=key):
-        severity, evidence, remedy = found
+    if severity := _fullness(entries, most, any(refused.values())):
         yield Finding(
             "neighbours_full",
             severity,
             f"the table of {family.value} neighbours was full once"
             if severity is Severity.INFO
             else f"the table of {family.value} neighbours is full, or nearly",
-            evidence,
+            tuple(_counted(key, entries, most, refused, NEIGHBOUR_TABLE[family])),
             "while it is full, containers and nodes that are not in it cannot be reached "
             "(`neighbour table overflow` in the kernel's log)",
-            remedy,
+            set_to(key, most * 2),
         )
 
 
@@ -421,12 +428,14 @@ def bridge_not_asking(leased: Desired, device: Device, value: str | None) -> Ite
     )
 
 
-def family_off(lease: FamilyLease) -> Finding:
+def family_off(lease: FamilyLease, value: str | None) -> Finding:
+    """`value`: of the sysctl that switches the family off everywhere, None without."""
+    key = SWITCHED_OFF_EVERYWHERE
     return Finding(
         "family_off",
         Severity.INFO,
         f"flannel leased {lease.subnet}, and this kernel does not speak IPv{lease.subnet.version}",
-        ("net.ipv6.conf.all.disable_ipv6 = 1, or ipv6.disable=1 on the kernel's command line",),
+        (f"{key} = {value}" if value else f"{key}: no such sysctl",),
         "no container has such an address",
         ("# nothing, if that is meant so",),
     )

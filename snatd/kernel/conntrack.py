@@ -170,13 +170,7 @@ class Sweep:
 
     def _check_end(self) -> None:
         """Raises BackendFailed where the child did not end well: its list may be cut."""
-        assert self._child.stderr is not None
-        try:
-            returncode = self._child.wait(_LAST_WORDS_S)
-        except subprocess.TimeoutExpired:
-            raise BackendBusy(f"`{' '.join(self._argv)}` does not end") from None
-        os.set_blocking(self._child.stderr.fileno(), False)
-        check_exit(self._argv, returncode, self._child.stderr.read(4096) or b"")
+        _check_end(self._argv, self._child)
         if self._rest:
             raise BackendFailed(f"`{' '.join(self._argv)}` ended in the middle of a line")
 
@@ -235,11 +229,23 @@ def _lines(argv: list[str], tools: Tools, ends_s: float) -> Iterator[bytes]:
         while select.select([child.stdout], [], [], max(0.0, ends_s - time.monotonic()))[0]:
             chunk = os.read(child.stdout.fileno(), _CHUNK_SIZE)
             if not chunk:
+                _check_end(argv, child)
                 break
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
     finally:
         tools.end(child)
+
+
+def _check_end(argv: list[str], child: subprocess.Popen[bytes]) -> None:
+    """Raises BackendFailed where a child whose output ended did not end well: it may be cut."""
+    assert child.stderr is not None
+    try:
+        returncode = child.wait(_LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        raise BackendBusy(f"`{' '.join(argv)}` does not end") from None
+    os.set_blocking(child.stderr.fileno(), False)
+    check_exit(argv, returncode, child.stderr.read(4096) or b"")
 
 
 class Entries:

@@ -7,9 +7,12 @@ when the commands of the remedy were run.
 from __future__ import annotations
 
 import json
+import os
+import pty
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +206,8 @@ def test_a_lease_that_says_too_little(node: Node, snatd: Snatd) -> None:
 def test_ipv6_is_leased_and_switched_off(node: Node, snatd: Snatd) -> None:
     node.host.shell("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
     node.write_lease(v6=True)
-    only(snatd, "family_off", "info")
+    one = only(snatd, "family_off", "info")
+    assert one["evidence"] == ["net.ipv6.conf.all.disable_ipv6 = 1"]
 
 
 @pytest.mark.parametrize("device", ["docker0", "cni0"])
@@ -330,6 +334,18 @@ def test_a_policy_rule_sends_containers_elsewhere(nft_lab: Lab, tmp_path: Path, 
         assert found(snatd, 0) == {}
 
 
+def test_another_device_is_in_the_same_subnet(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    node.host.shell(
+        "ip link add other type bridge; ip link set other up; ip addr add 172.7.21.9/24 dev other;"
+        "ip route del 172.7.21.0/24 dev docker0; ip route append 172.7.21.0/24 dev docker0"
+    )
+    assert calls(nft_lab) == NEITHER
+    one = only(snatd, "subnet_goes_elsewhere")
+    assert "172.7.21.0/24 dev other" in one["evidence"]
+    mend(node, one)
+    assert connected(nft_lab)
+
+
 def test_a_policy_rule_keeps_packets_from_containers(
     nft_lab: Lab, node: Node, snatd: Snatd
 ) -> None:
@@ -386,6 +402,17 @@ def test_a_forward_policy_without_any_rule(lab: Lab, tmp_path: Path) -> None:
             mend(node, one)
         assert connected(lab)
         assert found(snatd, 0) == {}
+
+
+def test_the_tables_of_the_other_backend_drop(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    """Of which nothing but a policy is in use."""
+    node.host.run("iptables-legacy", "-w", "5", "-P", "FORWARD", "DROP")
+    assert calls(nft_lab) == NEITHER
+    one = found(snatd)["inbound_dropped"]
+    assert one["evidence"] == ["legacy ip filter FORWARD policy drop"]
+    mend(node, one)
+    assert connected(nft_lab)
+    assert found(snatd, 0) == {}
 
 
 def test_answers_are_dropped(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
@@ -538,15 +565,36 @@ def test_docker_28_before_its_rule_was_for_the_whole_container(
 def test_docker_29_with_its_own_nft_table(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
     node.host.run(
         *("nft", "-f", "-"),
-        stdin="""table ip docker-bridges { chain raw-PREROUTING {
-            type filter hook prerouting priority raw; policy accept;
-            ip daddr 172.7.21.2 iifname != "docker0" counter drop comment "DROP DIRECT ACCESS"
-        }; }""",
+        stdin="""table ip docker-bridges {
+            map filter-forward-in-jumps {
+                type ifname : verdict
+                elements = { "docker0" : jump filter-forward-in__docker0 }
+            }
+            chain filter-FORWARD {
+                type filter hook forward priority filter; policy accept;
+                oifname vmap @filter-forward-in-jumps
+            }
+            chain filter-forward-in__docker0 {
+                ct state established,related counter accept
+                iifname "docker0" counter accept comment "ICC"
+                counter drop comment "UNPUBLISHED PORT DROP"
+            }
+            chain raw-PREROUTING {
+                type filter hook prerouting priority raw; policy accept;
+                ip daddr 172.7.21.2 iifname != "docker0" counter drop comment "DROP DIRECT ACCESS"
+            }
+        }""",
     )
     assert calls(nft_lab) == NEITHER
-    one = only(snatd, "direct_routing_dropped")
-    assert one["evidence"][0].startswith("ip docker-bridges raw-PREROUTING rule 1")
-    mend(node, one)
+    all_found = found(snatd)
+    assert list(all_found) == ["inbound_dropped", "direct_routing_dropped"]
+    for one, where in (
+        (all_found["inbound_dropped"], "filter-forward-in__docker0 rule 3"),
+        (all_found["direct_routing_dropped"], "raw-PREROUTING rule 1"),
+    ):
+        assert one["evidence"][0].startswith(f"ip docker-bridges {where} (written by Docker): ")
+        assert "allow-direct-routing" in one["remedy"][-1]
+        mend(node, one)
     assert connected(nft_lab)
     assert found(snatd, 0) == {}
 
@@ -733,9 +781,8 @@ def test_a_tunnel_is_not_complete(
     vxlan.host.shell(undo[missing])
     assert calls(nft_lab) == NEITHER
     one = only(vxlan_snatd, "tunnel_incomplete")
-    assert one["evidence"][0].startswith(
-        "route 172.7.22.0/24 via 172.7.22.0 dev flannel.1 onlink, but no "
-    )
+    (line,) = one["evidence"]
+    assert line.startswith("route 172.7.22.0/24 via 172.7.22.0 dev flannel.1 onlink, but no ")
     for command in (_NEIGHBOUR, _END):  # as flanneld does when it starts
         vxlan.host.shell(_filled(command, other).replace("append", "replace"))
     assert connected(nft_lab)
@@ -1086,7 +1133,7 @@ def test_the_table_of_connections_is_nearly_full(node: Node, snatd: Snatd) -> No
     most = int(node.host.run("sysctl", "-n", "net.netfilter.nf_conntrack_max"))
     fill_connections(node.host, int(most * 0.94))
     one = only(snatd, "connections_full", "warning")
-    assert one["evidence"][0].endswith(f" of {most} entries")
+    assert one["evidence"][0].endswith(f" entries, net.netfilter.nf_conntrack_max = {most}")
     assert f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}" in one["remedy"]
     node.host.run("conntrack", "-F")  # only the machine itself may have a larger one
     assert found(snatd, 0) == {}
@@ -1115,6 +1162,49 @@ def test_a_tool_is_missing(
     one = found(snatd, 0)["not_looked"]
     assert one["severity"] == "info"
     assert says in one["evidence"][0]
+
+
+@pytest.mark.parametrize(
+    ("script", "evidence"),
+    [
+        ("echo broken >&2; exit 1", "failed (exit 1): broken"),
+        ("echo nonsense", "no connection: 'nonsense'"),
+        ("exec sleep 60", ""),
+    ],
+)
+def test_a_tool_that_fails_or_hangs(
+    node: Node, snatd: Snatd, tmp_path: Path, script: str, evidence: str
+) -> None:
+    """The other checks go on; what a hanging list had not said by then is not waited for."""
+    broken = tmp_path / "broken"
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
+    node.host.run("mount", "--bind", str(broken), "/usr/sbin/conntrack")
+    node.host.shell("echo 0 > /proc/sys/net/ipv4/ip_forward")
+    all_found = found(snatd)
+    assert list(all_found) == ["forwarding_off", *["not_looked"] * bool(evidence)]
+    if evidence:
+        assert all_found["not_looked"]["severity"] == "warning"
+        assert evidence in all_found["not_looked"]["evidence"][0]
+
+
+def test_on_a_terminal_the_gravity_is_a_colour(node: Node, snatd: Snatd) -> None:
+    node.host.shell("echo 0 > /proc/sys/net/ipv4/ip_forward")
+    plain = snatd.command("doctor").stdout
+    assert "\033" not in plain
+    ours, theirs = pty.openpty()
+    command = (*snatd.program, "doctor", "--config", str(snatd.config))
+    process = node.host.popen(*command, stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # what a terminal says when the other side is gone
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    assert process.wait(10) == 1
+    first, *rest = plain.splitlines()
+    assert shown.decode().splitlines() == [f"\033[1;31m{first}\033[0m", *rest]
+    assert rest[-1] == "1 error"
 
 
 def test_many_containers_and_what_a_look_takes(nft_lab: Lab, node: Node, snatd: Snatd) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import subprocess
@@ -20,6 +21,7 @@ from snatd import arguments, config
 from tests.lab.prometheus import DASHBOARD, RULES
 from tests.unit.test_counts import each_with_a_sample
 
+CODE = Path(snatd.__file__).parent
 PACKAGING = Path(snatd.__file__).parents[1] / "packaging"
 
 Options = dict[str, frozenset[str]]
@@ -131,6 +133,26 @@ def test_the_example_has_every_key_commented_with_its_default() -> None:
     assert set(table) == {one.name for one in fields(config.Config)}
     del table["metrics_textfile"]  # it has no default
     assert config.from_table(table, "snatd.toml") == config.Config()
+
+
+def findings_in_the_code() -> list[str]:
+    """The first argument of each Finding: a literal, so that it can be found by who reads it."""
+    found = []
+    for path in CODE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding":
+                name = call.args[0] if call.args else None
+                assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}"
+                found.append(str(name.value))
+    return found
+
+
+def test_the_manual_knows_each_finding() -> None:
+    manual = (PACKAGING / "man" / "snatd.8").read_text()
+    section = manual.partition(".Sh FINDINGS")[2].partition("\n.Sh ")[0]
+    described = re.findall(r"^\.It Li (\w+)$", section, re.MULTILINE)
+    assert len(described) > 30
+    assert described == sorted(set(findings_in_the_code()))
 
 
 def test_the_manual_knows_each_key() -> None:
