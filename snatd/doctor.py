@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from snatd import doctor_way
+from snatd import doctor_rivals, doctor_way
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
@@ -88,7 +88,11 @@ def _problems(examined: Examined) -> Found:
 
 
 # Each is asked; the gravest answer comes first.
-_CHECKS: tuple[Callable[[Examined], Found], ...] = (_problems, *doctor_way.CHECKS)
+_CHECKS: tuple[Callable[[Examined], Found], ...] = (
+    _problems,
+    *doctor_way.CHECKS,
+    *doctor_rivals.CHECKS,
+)
 
 
 def _made(check: Callable[[Examined], Found], examined: Examined) -> Found:

@@ -141,8 +141,9 @@ def _string_end(text: str, start: int, end: int) -> int:
     raise RuleError(f"a string is not closed: {text[start : start + 60]!r}")
 
 
-def parse(text: str) -> Spec:
-    """The meaning of a rule's text. Raises RuleError where it cannot be told for certain."""
+def parse(text: str, *, any_device: bool = False) -> Spec:
+    """The meaning of a rule's text. Raises RuleError where it cannot be told for certain, and
+    without `any_device` where no restore could name it."""
     words = list(tokens(text))
     fields: dict[str, object] = {}
     others: list[str] = []
@@ -173,7 +174,10 @@ def parse(text: str) -> Spec:
                 once("destination", _network(take().value))
                 fields["destination_negated"] = negated
             case "-o":
-                once("out", Match(_device(take().value), negated))
+                device = take().value
+                if not (any_device or _DEVICE.match(device)):
+                    raise RuleError(f"{device!r} is an interface that a restore could not name")
+                once("out", Match(device, negated))
             case "-m" if position < len(words) and words[position].raw == "comment":
                 take()
             case "--comment":
@@ -205,12 +209,6 @@ def _network(value: str) -> Network:
         return network(value)
     except ValueError as error:
         raise RuleError(f"{value!r} is not a network: {error}") from None
-
-
-def _device(value: str) -> str:
-    if not _DEVICE.match(value):
-        raise RuleError(f"{value!r} is an interface that a restore could not name")
-    return value
 
 
 def parse_listing(output: str, chain: str) -> tuple[Rule, ...]:

@@ -431,8 +431,8 @@ def _rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
 
 def before_guard(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
     """Other programs' nat chains that are asked before the guard, or may be."""
-    return tuple(
-        one
-        for one in hooks
-        if one.priority <= GUARD_PRIORITY and one.table.partition(" ")[2] != GUARD_TABLE
-    )
+    return tuple(one for one in without_guard(hooks) if one.priority <= GUARD_PRIORITY)
+
+
+def without_guard(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    return tuple(one for one in hooks if one.table.partition(" ")[2] != GUARD_TABLE)

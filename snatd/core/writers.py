@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from snatd.core.model import join
+from snatd.core.trace import Answer
+
 _TABLES = {
     "snatd": "snatd",
     "docker-bridges": "Docker",
@@ -13,6 +16,8 @@ _TABLES = {
     "firewalld": "firewalld",
     "io.systemd.nat": "systemd-networkd",
     "kube-proxy": "kube-proxy",
+    "flannel-ipv4": "flannel",
+    "flannel-ipv6": "flannel",
 }
 _CHAINS = (
     ("SNATD-", "snatd"),
@@ -51,3 +56,14 @@ def writer(table: str, chain: str, text: str) -> str:
             if candidate.startswith(beginning):
                 return who
     return next((who for shape, who in _RULES if shape.search(text)), UNKNOWN)
+
+
+def told(answer: Answer) -> str:
+    """The rule that decides, with its place, its writer and what it depends on."""
+    if answer.place is None:
+        return "a rule that could not be read"
+    place = answer.place
+    who = writer(place.table, place.chain, place.step.text)
+    by = "" if who == UNKNOWN else f" (written by {who})"
+    where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
+    return f"{place}{by}: {place.step.text}{where}"

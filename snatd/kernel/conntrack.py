@@ -20,15 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pyroute2 import NFCTSocket
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
-
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
 from snatd.core.flows import Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
 from snatd.core.model import Address, Family
 from snatd.core.routes import Peer, best, peer
+from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple, NFCTSocket
 from snatd.kernel.tools import Tools, check_exit
 
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from snatd.core.errors import BackendBusy, BackendFailed
 from snatd.core.masquerade import DeviceAddress
 from snatd.core.model import Address, DirectRoute, Family, Interface, Link, Network
@@ -31,6 +28,7 @@ from snatd.core.surroundings import (
     TunnelEnd,
     Vxlan,
 )
+from snatd.kernel.netlink import IPRoute, NetlinkError
 
 _MAIN_TABLE, _LOCAL_TABLE = 254, 255
 _UNICAST, _LOCAL, _BROADCAST = 1, 2, 3

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Node:
     host: Namespace
     container: Namespace
     pods: str
+    flanneld: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -72,7 +74,8 @@ class Node:
         subnet: str | None = None,
         mtu: int = 1500,
     ) -> None:
-        """Writes subnet.env as flanneld does: another file in the same folder, then a rename."""
+        """Writes subnet.env as flanneld does, another file in the same folder, then a rename; and
+        sees to it that there is a flanneld."""
         lines = [
             f"FLANNEL_NETWORK={network}",
             f"FLANNEL_SUBNET={subnet or f'{self.pods}.{self.number}.1/24'}",
@@ -87,6 +90,8 @@ class Node:
         folder.mkdir(exist_ok=True)
         (folder / ".subnet.env").write_text("\n".join(lines) + "\n")
         (folder / ".subnet.env").rename(folder / "subnet.env")
+        if self.flanneld is None:
+            self.flanneld = self.host.program("flanneld")
 
 
 class Lab:

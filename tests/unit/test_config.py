@@ -114,6 +114,7 @@ def test_an_unknown_key_is_told_the_known_ones() -> None:
         ("subnet_file", "/a\0b", "absolute path"),
         ("state_dir", ["/var"], "absolute path"),
         ("metrics_textfile", "x.prom", "absolute path"),
+        ("metrics_textfile", "/etc/passwd", "does not end in .prom"),
         ("saved_rules", "on", "absolute path"),
         ("saved_rules", False, "absolute path"),
         ("networks", "10.0.0.0/8", "not a list"),
