@@ -79,7 +79,8 @@ def _reached(leased: Desired, bridge: str, examined: Examined, around: Surroundi
     own = {address.ip for link in examined.node.links for address in link.addresses}
     used = own | {one.address for one in around.neighbours}
     known = [Route(one.destination, "") for one in around.routes]
-    spare = unused_address(leased.subnet, used, known) or leased.subnet.broadcast_address
+    last = leased.subnet[-2 if leased.subnet.num_addresses > 2 else 0]
+    spare = unused_address(leased.subnet, used, known) or last
     there = into(around.routes, leased.networks, leased.subnet)
     legs = _legs(leased, there) or _by_default(leased)
     device, lease = around.device(bridge), examined.node.lease
@@ -99,7 +100,8 @@ def _legs(leased: Desired, there: tuple[Hop, ...]) -> tuple[Leg, ...]:
             inside = any(contains(some, one.destination) for some in leased.networks)
             wide = [some for some in leased.networks if contains(one.destination, some)]
             parts = subtract([one.destination] if inside else wide, leased.subnet)
-            behind.setdefault(one.device, []).extend(parts)
+            if parts:
+                behind.setdefault(one.device, []).extend(parts)
     return tuple(Leg(device, tuple(dict.fromkeys(parts))) for device, parts in behind.items())
 
 
@@ -300,8 +302,17 @@ def _connections(examined: Examined) -> Found:
         )
         return
     for one in examined.reached:
-        peers = read_peers(one.leased, examined.tools, _CONNECTIONS_S)
+        peers, whole = read_peers(one.leased, examined.tools, _CONNECTIONS_S)
         yield from routes.strays(one.leased, peers, one.around)
+        if not whole:
+            yield Finding(
+                "not_looked",
+                Severity.INFO,
+                "not all connections could be looked at",
+                (f"`conntrack -L` was not done after {_CONNECTIONS_S:g} s",),
+                "what is sent to other nodes in vain may not be seen",
+                ("# nothing; there are many",),
+            )
 
 
 def _full(examined: Examined) -> Found:

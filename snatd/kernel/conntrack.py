@@ -203,9 +203,10 @@ def list_command(desired: Desired, *, every: bool) -> list[str]:
     return ["conntrack", "-L", "-f", desired.family.value, *only, "-s", subnet, *into, "-o", "id"]
 
 
-def read_peers(desired: Desired, tools: Tools, limit_s: float) -> tuple[Peer, ...]:
+def read_peers(desired: Desired, tools: Tools, limit_s: float) -> tuple[tuple[Peer, ...], bool]:
     """With whom containers have connections, from the subnet into the networks and from anywhere to
-    the subnet. Reads for the limit at most, and then gives what it has. Raises as Sweep does."""
+    the subnet; and whether these are all, since it reads for the limit at most. Raises as Sweep
+    does."""
     found: dict[Address, Peer] = {}
     ends_s = time.monotonic() + limit_s
     to_us = ["conntrack", "-L", "-f", desired.family.value, "-d", str(desired.subnet), "-o", "id"]
@@ -217,7 +218,7 @@ def read_peers(desired: Desired, tools: Tools, limit_s: float) -> tuple[Peer, ..
                 raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None
             if one is not None:
                 found[one.address] = best(found.get(one.address), one)
-    return tuple(found.values())
+    return tuple(found.values()), time.monotonic() < ends_s
 
 
 def _lines(argv: list[str], tools: Tools, ends_s: float) -> Iterator[bytes]:
