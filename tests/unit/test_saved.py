@@ -218,12 +218,18 @@ def test_ipv6_is_the_same() -> None:
         (b"*filter\nCOMMIT\n*nat\n-A POSTROUTING -j X\n", "line 3: the table nat has no COMMIT"),
         (nat(a('-m comment --comment "two'), 'lines" -j X'), "line 5: a quote that is not closed"),
         (nat(a('-o a"b -j X')), "line 5: a quote"),
-        (nat(CHAIN[0], a("-j SNATD-POSTROUTING")), "line 6: jumps to SNATD-POSTROUTING"),
+        (nat(CHAIN[0], "-A X -j SNATD-POSTROUTING"), "line 6: jumps to SNATD-POSTROUTING"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_line(content: bytes, why: str) -> None:
     with pytest.raises(RuleError, match=why):
         bring_in_line(content, wish_of(), NFT)
+
+
+def test_a_chain_of_ours_that_somebody_else_uses_stays() -> None:
+    theirs = a("-s 10.1.1.0/24 -j SNATD-POSTROUTING")
+    assert after(nat(*CHAIN, a(JUMP), theirs)) == nat(*CHAIN, a(OURS), theirs)
+    assert put_back(nat(*CHAIN, theirs), V4, NFT, [], P).content == nat(*CHAIN, theirs)
 
 
 def reverted(edited: Edited, memory: Memory | None = None) -> bytes:
