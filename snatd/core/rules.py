@@ -146,6 +146,7 @@ def parse(text: str) -> Spec:
     words = list(tokens(text))
     fields: dict[str, object] = {}
     others: list[str] = []
+    comments: list[str] = []
     negated, position = False, 0
 
     def take() -> Token:
@@ -177,11 +178,7 @@ def parse(text: str) -> Spec:
             case "-m" if position < len(words) and words[position].raw == "comment":
                 take()
             case "--comment":
-                comment = take().value
-                # A rule may carry two comments. Then none of them is "the whole comment".
-                fields["comment"] = None if "comment" in fields else comment
-                if fields["comment"] is None:
-                    others.append(f"-m comment --comment {quote(comment)}")
+                comments.append(take().value)
             case "-j" | "-g":
                 name = take().value
                 options = " ".join(token.raw for token in words[position:])
@@ -193,6 +190,11 @@ def parse(text: str) -> Spec:
                     chunk.append(take().raw)
                 others.append(" ".join(chunk))
         negated = False
+    if len(comments) == 1:
+        fields["comment"] = comments[0]
+    else:
+        # A rule may carry two comments. Then none of them is "the whole comment".
+        others += [f"-m comment --comment {quote(one)}" for one in comments]
     return Spec(others=tuple(others), **fields)  # type: ignore[arg-type]
 
 

@@ -235,6 +235,8 @@ def _spec(words: Sequence[Token]) -> Spec | None:
             size += 1
         values, queue = queue[1:size], queue[size:]
         if option in ("-j", "-g") and values:
+            if not {"-j", "-g"}.isdisjoint(target):
+                return None
             target[:0] = [option, values[0].value]
         elif target and option in _TARGET_OPTIONS:
             option = "--to-source" if option == "--to" else option

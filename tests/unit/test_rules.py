@@ -118,11 +118,13 @@ def test_only_the_whole_comment_makes_a_rule_ours(comment: str) -> None:
     assert not parse(f"-s 172.7.21.0/24 -m comment --comment {comment} -j MASQUERADE").owned
 
 
-def test_a_rule_with_two_comments_is_nobody_we_know() -> None:
-    two = "-m comment --comment snatd -m comment --comment snatd"
+@pytest.mark.parametrize("first", ["snatd", "ops"])
+def test_a_rule_with_two_comments_is_nobody_we_know(first: str) -> None:
+    two = f"-m comment --comment {first} -m comment --comment snatd"
     spec = parse(f"-s 172.7.21.0/24 {two} -j MASQUERADE")
     assert not spec.owned
     assert spec.others
+    assert parse(str(spec)) == spec
 
 
 @pytest.mark.parametrize(

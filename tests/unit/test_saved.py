@@ -62,6 +62,12 @@ def after(content: bytes, wanted: object = None) -> bytes:
     return edited.content
 
 
+def test_of_two_comments_none_is_ours() -> None:
+    line = a("-m comment --comment ops -s 10.1.0.0/24 -m comment --comment snatd -j MASQUERADE")
+    assert after(nat(line, a(OURS))) == nat(line, a(OURS))
+    assert put_back(nat(line), V4, NFT, [], P).content == nat(line)
+
+
 OTHER, OTHER_OURS = (one.replace("docker0", "br-0") for one in (BROAD, OURS))
 FOREIGN = "-s 172.7.21.5/32 -o eth1 -j SNAT --to-source 10.0.0.1"
 
@@ -128,6 +134,7 @@ def test_an_snat_keeps_its_options_in_whatever_form() -> None:
         a("-s 172.7.21.0/24,10.0.0.0/8 -j MASQUERADE"),
         a("-s 172.7.21.0/0.0.0.255 -j MASQUERADE"),
         a("-s 172.7.21.0/24 -s 172.7.21.0/24 -j MASQUERADE"),
+        a("-s 172.7.21.0/24 -j SNAT -j MASQUERADE"),
         a('-s 172.7.21.0/24 -o "docker0 -j MASQUERADE"'),
         a('"-s" 172.7.21.0/24 -j MASQUERADE'),
         a('"-s" 172.7.21.0/24 -m comment --comment snatd -j MASQUERADE'),
