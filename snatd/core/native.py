@@ -48,8 +48,12 @@ _NO_EFFECT = {"counter", "log", "notrack", "xt match comment", "last"}
 _MAY_STOP = {"limit", "quota", "ct count", "set", "xt match"}
 
 
-class _Unnamed(Exception):
+class _Unnamed(ValueError):
     """An expression that this language has no name for."""
+
+
+# That, or what another shape of JSON makes of us.
+_NOT_NAMED = (AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,17 @@ class _Compiler:
         """One rule is one step; a verdict map at its end makes one of each of its elements."""
         parts: list[Check | Action] = []
         for expression in expressions:
-            kind, value = next(iter(expression.items()))
+            kind, value = next(iter(expression.items()), ("", None))
             if kind == "vmap":
                 for pattern, verdict in self._verdicts(value):
                     ((name, argument),) = verdict.items()
                     test = self._check(value["key"], "==", pattern)
                     yield Step(number, self.text, (*parts, *test, _verdict(name, argument)))
                 return
-            parts += self._parts(kind, value)
+            try:
+                parts += self._parts(kind, value)
+            except _NOT_NAMED:
+                parts.append(Unknown())
         yield Step(number, self.text, tuple(parts))
 
     def _verdicts(self, value: Mapping[str, Any]) -> Sequence[Any]:
@@ -174,7 +181,7 @@ class _Compiler:
     def _check(self, left: Any, operator: str, right: Any) -> Sequence[Check]:
         try:
             checks = tuple(self._named(left, operator, right))
-        except (_Unnamed, AttributeError, KeyError, TypeError, ValueError):
+        except _NOT_NAMED:
             return (Check(self.text, None),)
         return checks
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,21 +53,32 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline) -> Hooks:
             hooks.append(_whole(f"{ip} nat", family, Backend.NFT, tools, deadline))
         lacking = "nft is not installed: nat tables that iptables does not show are not known"
         return Hooks(family, tuple(hooks), (lacking,))
-    all_chains = [
-        one["chain"]
-        for one in _json(["list", "chains"], tools, deadline)
-        if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
-    ]
-    dormant = _dormant(tools, deadline)
-    for base in all_chains:
-        where = (base["family"], base["table"])
-        if (base.get("type"), base.get("hook")) == ("nat", "postrouting") and where not in dormant:
+    with _known_shape():
+        all_chains = [
+            one["chain"]
+            for one in _json(["list", "chains"], tools, deadline)
+            if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
+        ]
+        dormant = _dormant(tools, deadline)
+        for base in all_chains:
+            where = (base["family"], base["table"])
+            if (base.get("type"), base.get("hook")) != ("nat", "postrouting") or where in dormant:
+                continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             table = _NftTable(family, *where, frozenset(names), tools, deadline)
             chains = table.reachable(base["name"])
             drops = base.get("policy") == "drop"
-            hooks.append(Hook(" ".join(where), base["name"], base["prio"], chains, drops))
+            hooks.append(Hook(" ".join(where), base["name"], int(base["prio"]), chains, drops))
     return Hooks(family, tuple(hooks))
+
+
+@contextmanager
+def _known_shape() -> Iterator[None]:
+    """JSON of another shape than nft's ends here, as BackendFailed."""
+    try:
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BackendFailed(f"nft printed JSON of a shape that is not known: {error!r}") from None
 
 
 def _dormant(tools: Tools, deadline: Deadline) -> set[tuple[str, str]]:
