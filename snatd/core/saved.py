@@ -184,8 +184,8 @@ def _read(lines: Sequence[str], head: int, end: int, subnet: Network | None) -> 
             # A newline makes a rule foreign to `plan` and `revert`, whatever else it says.
             rule = Rule(str(spec) if spec else f"\n{text}", counters)
             section.chains.setdefault(chain, []).append((number, rule))
-        # A chain of ours goes or is written anew, whatever it holds.
-        ours = watched and chain != POSTROUTING
+        # A chain of ours goes or is written anew, whatever it holds; a rule of ours as well.
+        ours = watched and (chain != POSTROUTING or (spec is not None and spec.owned))
         if subnet and not ours and _may_hide(text, verb, spec, subnet):
             section.doubts.append(
                 f"line {number + 1} may masquerade cluster traffic, and is left as it is since "

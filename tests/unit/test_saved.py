@@ -62,9 +62,11 @@ def after(content: bytes, wanted: object = None) -> bytes:
     return edited.content
 
 
-def test_what_is_not_understood_in_a_chain_of_ours_is_in_nobodys_way() -> None:
+def test_what_is_not_understood_and_ours_goes() -> None:
     odd = "-A SNATD-POSTROUTING -s172.7.21.0/24 -j MASQUERADE"
     assert after(nat(CHAIN[0], odd, a("-j X"))) == nat(a("-j X"), a(OURS))
+    odd = a("--sour 172.7.21.0/24 -m comment --comment snatd -j MASQUERADE")
+    assert after(nat(odd, a("-j X"))) == nat(a("-j X"), a(OURS))
 
 
 def test_of_two_comments_none_is_ours() -> None:
