@@ -173,6 +173,9 @@ class _Compiler:
             return (_mark(value["value"]),)
         if kind == "mangle" and value["key"].keys() <= {"meta", "ct"}:
             return ()
+        if kind == "snat" and _NFPROTO.get(value.get("family"), self.family) is not self.family:
+            # In an inet table a translation of one family passes packets of the other on.
+            return (Check(self.text, False),)
         if kind == "snat" and "map" in value.get("addr", ()):
             # What is not in the map goes on.
             return (Check(self.text, None), Snat(None))

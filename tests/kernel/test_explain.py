@@ -256,6 +256,21 @@ def test_a_dormant_table_is_not_asked(nft_lab: Lab) -> None:
     assert seen_by_udp(node.container, neighbour.container_address) == node.address
 
 
+def test_a_translation_of_the_other_family_passes_packets_on(nft_lab: Lab) -> None:
+    node, neighbour = nft_lab.nodes
+    node.host.shell(
+        "nft add table inet x;"
+        "nft add chain inet x post '{ type nat hook postrouting priority 101; }';"
+        "nft add rule inet x post snat ip6 to fd00:4:7::21;"
+        "nft add rule inet x post oifname eth0 snat ip6 to fd00:4:7::21-fd00:4:7::25"
+    )
+    assert seen_by_udp(node.container, neighbour.container_address) == node.container_address
+    assert ask(node, node.container_address, neighbour.container_address) == node.container_address
+    node.host.shell("nft add rule inet x post snat ip to 10.4.7.21")
+    assert seen_by_udp(node.container, neighbour.container_address) == node.address
+    assert ask(node, node.container_address, neighbour.container_address) == node.address
+
+
 @pytest.mark.parametrize("chains", [3, 60])
 @pytest.mark.parametrize("command", ["iptables-nft-restore", "iptables-legacy-restore", "nft"])
 def test_only_what_can_be_reached_is_read(nft_lab: Lab, command: str, chains: int) -> None:

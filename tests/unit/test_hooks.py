@@ -11,7 +11,8 @@ import pytest
 
 from snatd.core.errors import BackendFailed
 from snatd.core.model import Family
-from snatd.core.packet import Unknown
+from snatd.core.packet import Packet, Unknown
+from snatd.core.trace import trace
 from snatd.kernel.hooks import read_hooks
 from snatd.kernel.tools import Tools
 from tests.fakes import FAR_AWAY
@@ -64,3 +65,17 @@ def test_a_statement_that_is_not_understood_may_do_anything(statement: Any) -> N
     (hook,) = read_hooks(Family.V4, Nft(document=document), FAR_AWAY).hooks
     (step,) = hook.chains["post"]
     assert step.parts == (Unknown(),)
+
+
+def test_a_translation_of_the_other_family_does_nothing() -> None:
+    """As nft 1.0.6 prints `snat ip6 to fd00::1` in an inet table, without a test of the family."""
+    inet = {"family": "inet"}
+    for kind, family in (("ip6", Family.V4), ("ip", Family.V6)):
+        statement = {"snat": {"family": kind, "addr": "fd00::1" if kind == "ip6" else "10.0.0.1"}}
+        document = [
+            {"chain": CHAIN | inet},
+            {"rule": {**WHERE, **inet, "expr": [statement]}},
+        ]
+        (hook,) = read_hooks(family, Nft(document=document), FAR_AWAY).hooks
+        (answer,) = trace([hook], Packet(family, ((1, 1),), ((2, 2),))).answers
+        assert answer.kept
