@@ -14,7 +14,7 @@ PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject py
 	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
 SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
 
-.PHONY: help venv demo test test-system bench deb rpm clean packages
+.PHONY: help venv demo test test-system fuzz bench deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,8 +58,15 @@ test-system: PACKAGES += $(SYSTEM)
 test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root
 	@$(BIN)/python -m pytest tests/system
 
+$(BIN)/.fuzz: $(BIN)/.complete
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[fuzz]'
+	@touch $@
+
+fuzz: venv $(BIN)/.fuzz  ## every parser, led by coverage; FUZZ_S seconds each (default 25)
+	@$(BIN)/python -m tests.fuzz
+
 bench: venv  ## measure, and print a table
 	@$(BIN)/python -m tests.bench
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

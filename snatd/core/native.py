@@ -48,6 +48,9 @@ _NO_EFFECT = {"counter", "log", "notrack", "xt match comment", "last"}
 _MAY_STOP = {"limit", "quota", "ct count", "set", "xt match"}
 
 
+_NOTHING: tuple[str, Any] = ("", None)
+
+
 class _Unnamed(ValueError):
     """An expression that this language has no name for."""
 
@@ -133,7 +136,7 @@ class _Compiler:
         """One rule is one step; a verdict map at its end makes one of each of its elements."""
         parts: list[Check | Action] = []
         for expression in expressions:
-            kind, value = next(iter(expression.items()), ("", None))
+            kind, value = next(iter(expression.items()), _NOTHING)
             if kind == "vmap":
                 for pattern, verdict in self._verdicts(value):
                     ((name, argument),) = verdict.items()
