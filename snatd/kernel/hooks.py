@@ -6,8 +6,7 @@ Creates no table and no chain. Does not decide what the rules do; that is `trace
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from snatd.core.errors import BackendFailed
 from snatd.core.model import POSTROUTING, Backend, Family
 from snatd.core.packet import Hook, Step
 from snatd.kernel import peek
+from snatd.kernel.guard import is_dormant
 from snatd.kernel.listing import list_chains
 from snatd.kernel.tools import Tools
 
@@ -26,7 +26,6 @@ from snatd.kernel.tools import Tools
 _CHAINS_ONE_BY_ONE = 24
 _NFT_FAMILIES = {Family.V4: ("ip", "inet"), Family.V6: ("ip6", "inet")}
 _SRCNAT = 100
-_DORMANT = re.compile(r"^\tflags .*\bdormant\b", re.MULTILINE)
 
 _Chains = dict[str, tuple[Step, ...]]
 
@@ -59,10 +58,15 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline) -> Hooks:
             for one in _json(["list", "chains"], tools, deadline)
             if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
         ]
-        dormant = _dormant(tools, deadline)
-        for base in all_chains:
+        bases = [
+            one
+            for one in all_chains
+            if (one.get("type"), one.get("hook")) == ("nat", "postrouting")
+        ]
+        dormant = _dormant({(one["family"], one["table"]) for one in bases}, tools, deadline)
+        for base in bases:
             where = (base["family"], base["table"])
-            if (base.get("type"), base.get("hook")) != ("nat", "postrouting") or where in dormant:
+            if where in dormant:
                 continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             table = _NftTable(family, *where, frozenset(names), tools, deadline)
@@ -81,16 +85,18 @@ def _known_shape() -> Iterator[None]:
         raise BackendFailed(f"nft printed JSON of a shape that is not known: {error!r}") from None
 
 
-def _dormant(tools: Tools, deadline: Deadline) -> set[tuple[str, str]]:
-    """The tables whose chains the kernel does not ask. nft 1.0.6 garbles the flags in its JSON, so
-    of those that have any the text tells."""
-    tables = [one["table"] for one in _json(["list", "tables"], tools, deadline) if "table" in one]
-    flagged = [(one["family"], one["name"]) for one in tables if "flags" in one]
-    return {
-        where
-        for where in flagged
-        if _DORMANT.search(tools.run(["nft", "list", "table", *where], deadline))
-    }
+def _dormant(
+    some: Collection[tuple[str, str]], tools: Tools, deadline: Deadline
+) -> set[tuple[str, str]]:
+    """Those of some tables whose chains the kernel does not ask. Only where the list of all tables
+    is of no use is each one read for it."""
+    try:
+        objects = _json(["list", "tables"], tools, deadline)
+        tables = [one["table"] for one in objects if "table" in one]
+        flagged = {(one["family"], one["name"]) for one in tables if "flags" in one}
+    except BackendFailed:
+        flagged = set(some)
+    return {where for where in flagged.intersection(some) if is_dormant(*where, tools, deadline)}
 
 
 def _whole(table: str, family: Family, backend: Backend, tools: Tools, deadline: Deadline) -> Hook:
