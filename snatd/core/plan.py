@@ -193,6 +193,8 @@ def owned_shape(text: str, spec: Spec, ruleset: Ruleset) -> Shape | None:
         # Emptied by somebody. The plain chain's name says what it ended in; another's is lost.
         return Shape(spec.out, MASQUERADE) if name == chain_name(MASQUERADE) else None
     for rule in rules:
+        if "\n" in rule.text:  # not to be told for certain, and not to be written again
+            continue
         with suppress(RuleError):
             target = parse(rule.text).target
             if target is not None and target.name in SNAT_TARGETS:
@@ -206,7 +208,7 @@ def chain_name(target: Target) -> str:
         return f"{OWN_CHAIN_PREFIX}{POSTROUTING}"
     # A second target (SNAT to a host address, say) needs a chain of its own, found again by what
     # it does and not by what we remember. 28 characters are the kernel's limit; this has 19.
-    digest = hashlib.sha256(str(target).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(str(target).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{OWN_CHAIN_PREFIX}{target.name[:4]}-{digest}"
 
 

@@ -61,7 +61,9 @@ def fuzz(target: str, seconds: int) -> Outcome:
     )
     inputs = re.findall(r"^stat::number_of_executed_units: (\d+)$", done.stdout, re.MULTILINE)
     edges = re.findall(r"^#\d+\s.* cov: (\d+) ", done.stdout, re.MULTILINE)
-    said = "" if done.returncode == 0 else done.stdout[-6000:]
+    # Behind the fuzzer's own progress.
+    said = re.sub(r"^(#|INFO:).*\n", "", done.stdout[-20_000:], flags=re.MULTILINE)
+    said = "" if done.returncode == 0 else said[-6000:]
     return Outcome(target, int((inputs or [0])[-1]), int((edges or [0])[-1]), seconds, said)
 
 

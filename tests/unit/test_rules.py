@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from snatd.core.errors import RuleError
@@ -248,6 +250,18 @@ def test_an_empty_chain_has_no_rules() -> None:
 def test_a_listing_that_is_not_whole_is_an_error(output: str, why: str) -> None:
     with pytest.raises(RuleError, match=why):
         parse_listing(output, "POSTROUTING")
+
+
+@pytest.mark.parametrize("tail", ["\n", "x\n", '\\"\n', " \n"])
+def test_a_string_that_never_closes_costs_no_more_than_its_length(tail: str) -> None:
+    """It took minutes where each line of it was read from the beginning again."""
+    output = f'{HEAD}-A POSTROUTING -m comment --comment "{tail * 60_000}'
+    began_s = time.thread_time()
+    with pytest.raises(RuleError, match="not closed"):
+        parse_listing(output, "POSTROUTING")
+    with pytest.raises(RuleError, match="not closed"):
+        own_chains(output)
+    assert time.thread_time() - began_s < 2
 
 
 def test_a_number_of_any_length_is_no_bug() -> None:

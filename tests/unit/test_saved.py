@@ -69,6 +69,17 @@ def test_what_is_not_understood_and_ours_goes() -> None:
     assert after(nat(odd, a("-j X"))) == nat(a("-j X"), a(OURS))
 
 
+def test_bytes_that_are_not_utf8_in_a_target_are_no_bug() -> None:
+    content = nat(CHAIN[0], a(JUMP)).replace(
+        b"COMMIT", b"-A SNATD-POSTROUTING -j SNAT \xb3\nCOMMIT"
+    )
+    for wanted in (CUT, wish_of()):
+        edited = bring_in_line(content, wanted, NFT)
+        assert bring_in_line(edited.content, wanted, NFT).content == edited.content
+    content = nat(a("-s 172.7.21.0/24 -j SNAT --to-source X")).replace(b"X", b"\xb3")
+    assert b"-j SNAT --to-source \xb3" in bring_in_line(content, CUT, NFT).content
+
+
 def test_of_two_comments_none_is_ours() -> None:
     line = a("-m comment --comment ops -s 10.1.0.0/24 -m comment --comment snatd -j MASQUERADE")
     assert after(nat(line, a(OURS))) == nat(line, a(OURS))
