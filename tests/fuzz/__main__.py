@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Outcome:
         return f"{row}   {'FOUND' if self.found else 'nothing'}"
 
 
-def fuzz(target: str, seconds: int) -> Outcome:
+def fuzz(target: str, seconds: int, temporary: str) -> Outcome:
     learnt, found = LEARNT / target, LEARNT / f"{target}-found"
     for folder in (learnt, found):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,7 @@ def fuzz(target: str, seconds: int) -> Outcome:
             *(f"-{name}={value}" for name, value in options.items()),
             *(str(learnt), str(CORPUS / target)),
         ],
+        env={**os.environ, "TMPDIR": temporary},  # libFuzzer ends without cleaning up
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -73,8 +75,11 @@ def main(names: list[str]) -> int:
         print(f"no such target: {', '.join(unknown)}; there are {', '.join(TARGETS)}")
         return 2
     seconds = int(os.environ.get("FUZZ_S", "25"))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        outcomes = list(pool.map(lambda name: fuzz(name, seconds), names or TARGETS))
+    with (
+        tempfile.TemporaryDirectory(prefix="snatd-fuzz-") as folder,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        outcomes = list(pool.map(lambda name: fuzz(name, seconds, folder), names or TARGETS))
     for one in outcomes:
         if one.found:
             print(f"--- {one.target}\n{one.found}")

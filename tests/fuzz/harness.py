@@ -18,9 +18,11 @@ import atheris
 with atheris.instrument_imports(include=["snatd", "tomllib"]):
     from tests.fuzz.targets import BETWEEN, TARGETS
 
-# CPU time, with instrumentation; 64 KiB is what subnet.env may have.
+# CPU time, with instrumentation. 64 KiB is what subnet.env may have; the square of a key's dots is
+# tomllib's own, and in snatd.config is what bounds it.
 _LONGEST_S = 2.0
 _LONG_BYTES = 64 * 1024
+_LONG_TOML_BYTES = 8 * 1024
 _ONE_IN = 64
 
 
@@ -41,17 +43,17 @@ def main(name: str, arguments: list[str]) -> None:
     def run(data: bytes) -> None:
         timed(data)
         if data and zlib.crc32(data) % _ONE_IN == 0:
-            timed(lengthened(data))
+            timed(lengthened(data, _LONG_TOML_BYTES if name == "toml" else _LONG_BYTES))
 
     options: dict[str, Any] = {"custom_mutator": mutated} if name == "nft_json" else {}
     atheris.Setup([name, *arguments], run, **options)
     atheris.Fuzz()
 
 
-def lengthened(data: bytes) -> bytes:
+def lengthened(data: bytes, size: int) -> bytes:
     """The input with its last third, half or whole repeated."""
     tail = data[-max(1, len(data) // (1 + len(data) % 3)) :]
-    return data + tail * ((_LONG_BYTES - len(data)) // len(tail))
+    return data + tail * ((size - len(data)) // len(tail))
 
 
 def mutated(data: bytes, largest: int, seed: int) -> bytes:
