@@ -12,9 +12,12 @@ PACKAGES := iptables nftables iproute2 conntrack procps util-linux strace \
 # The same for `make deb`, `make rpm` and `make test-system`.
 PACKAGING := git build-essential debhelper dh-python pybuild-plugin-pyproject python3-all \
 	python3-setuptools python3-pyroute2 python3-sdnotify python3-structlog python3-watchdog rpm
-SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db
+SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd man-db fish zsh bash-completion
 
-.PHONY: help venv demo test test-system fuzz bench deb rpm clean packages
+# For whom `make rpm` builds.
+RPM_FOR ?= el9 el10 fc43
+
+.PHONY: help venv demo test test-system fuzz soak bench manual pictures deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,7 +34,7 @@ packages:
 	  apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	fi
 
-venv: $(BIN)/.complete  ## make .venv/bin/snatd with everything that the tests need
+venv: $(BIN)/.complete $(BIN)/promtool  ## make .venv/bin/snatd with everything that the tests need
 
 $(BIN)/.complete: pyproject.toml | packages
 	@echo "installing into $(VENV): the dependencies of pyproject.toml and the test tools"
@@ -39,7 +42,17 @@ $(BIN)/.complete: pyproject.toml | packages
 	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-demo: venv  ## see the problem and its repair between two nodes (BACKEND=legacy for the other tables)
+# Of Debian 13's package promtool, or Debian 12's prometheus: neither is installed, nothing started.
+$(BIN)/promtool: | $(BIN)/.complete
+	@echo "unpacking into $(VENV): promtool, as Debian packages it"
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
+	get() { apt-get download -qq -o APT::Sandbox::User=root "$$1"; }; \
+	any() { get promtool 2>/dev/null || get prometheus; }; \
+	{ any 2>/dev/null || { apt-get update -qq && any; }; } && \
+	dpkg-deb --fsys-tarfile *.deb | tar -x ./usr/bin/promtool && \
+	install usr/bin/promtool $(CURDIR)/$@
+
+demo: $(BIN)/.complete  ## see the problem and its repair between two nodes (BACKEND=legacy for the other tables)
 	@$(BIN)/python -m tests.lab.demo --backend $(BACKEND)
 
 test: venv  ## unit, property and kernel tests, linters included
@@ -50,9 +63,11 @@ deb: packages  ## build dist/snatd_VERSION_all.deb of the last commit
 	@packaging/deb dist
 
 rpm: PACKAGES := $(PACKAGING)
-rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last commit
-	@packaging/rpm/build dist
-	@packaging/rpm/build-legacy dist
+rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last commit (RPM_FOR="el9 fc43")
+	@set -e; for one in $(RPM_FOR); do \
+	  packaging/rpm/build dist $$one; \
+	  [ $$one = el10 ] || packaging/rpm/build-legacy dist $$one; \
+	done
 
 test-system: PACKAGES += $(SYSTEM)
 test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root
@@ -65,8 +80,17 @@ $(BIN)/.fuzz: $(BIN)/.complete
 fuzz: venv $(BIN)/.fuzz  ## every parser, led by coverage; FUZZ_S seconds each (default 25)
 	@$(BIN)/python -m tests.fuzz
 
-bench: venv  ## measure, and print a table
+soak: venv  ## three rivals at once; SOAK_MUTATIONS (default 100,000; with SOAK=1 a million); needs root
+	@$(BIN)/python -m pytest -s tests/soak
+
+bench: $(BIN)/.complete  ## measure, and print a table
 	@$(BIN)/python -m tests.bench
+
+manual: venv  ## bring the lists in the man pages up to date with the README and the code
+	@$(BIN)/python -m docs.manual
+
+pictures: venv  ## draw docs/demo.svg and docs/status.svg anew, from a real run
+	@$(BIN)/python -m docs.pictures
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

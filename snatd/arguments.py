@@ -81,10 +81,19 @@ def parser() -> argparse.ArgumentParser:
         "keep what a waiting `snatd apply --confirm` has done",
         "0 done, 1 nothing waits",
     )
-    add(
+    status = add(
         "status",
         "show what the running daemon says of itself",
-        "0 in sync, 1 not, or in a fight, or a new configuration was refused, 3 not running",
+        "0 in sync, 1 not, or in a fight, or a new configuration was refused, 3 not running, 4 it "
+        "does not answer, or its status file cannot be understood; 130 --watch was ended by Ctrl-C",
+    )
+    status.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="go on showing it, and look that often (default: 1)",
     )
     add(
         "doctor",

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TextIO
+from typing import Any
 
 from snatd import config, report
 from snatd.arguments import parser
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendError, ConfigError, NotPermitted, Refused, Unanswerable
+from snatd.core.errors import (
+    BackendBusy,
+    BackendError,
+    ConfigError,
+    NotPermitted,
+    Refused,
+    StaleRuleset,
+    Unanswerable,
+)
 from snatd.core.guard import without_guard
-from snatd.core.model import Backend, Hold
+from snatd.core.model import Backend, Family, Hold, Network
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
-from snatd.host import status
-from snatd.host.confirm import Confirmation, confirm
+from snatd.host.confirm import Confirmation, confirm, decline
 from snatd.host.instance import AlreadyRunning, Instance
 from snatd.host.memory import Key, MemoryDamaged, MemoryFile
 from snatd.host.saved_rules import Outcome
+from snatd.host.terminal import print_lines, write
 from snatd.kernel.tools import Tools
-from snatd.reconcile import Edges, View
+from snatd.reconcile import Edges, Tables, View
 
 _PASS_S = 20.0
 _UNDO_S = 60.0
+_TRY_AGAIN_S = 0.2
 _DONE = ", done"
 
 
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unanswerable as error:
         status_code = _failed(options, (str(error),), report.EXIT_USAGE)
     for stream in (sys.stdout, sys.stderr):
-        _write(stream, "")
+        write(stream, "")
     return status_code
 
 
@@ -171,6 +179,27 @@ def _take_instance(settings: config.Config, why_not: str) -> Instance:
     return instance
 
 
+def _take_instance_from_apply(settings: config.Config) -> Instance:
+    """The instance lock. An `apply --confirm` that waits for an answer gets a no, and a minute to
+    put back what it did."""
+    end_s = time.monotonic() + _UNDO_S
+    told = ""
+    while True:
+        instance = Instance(settings.runtime_dir)
+        try:
+            instance.take()
+        except AlreadyRunning as error:
+            if time.monotonic() >= end_s or (error.pid != told and not decline(error.pid)):
+                why_not = "it would put its rules back at once"
+                raise Refused(f"{error}: {why_not}; stop it first") from None
+            if error.pid != told:
+                _warn(f"told the `apply --confirm` that waits as pid {error.pid} to put all back")
+            told = error.pid
+            time.sleep(_TRY_AGAIN_S)
+        else:
+            return instance
+
+
 def _load(memory: MemoryFile) -> dict[Key, Memory]:
     """The memory; where it cannot be read, what would be lost by that is said and it is empty."""
     try:
@@ -191,19 +220,10 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    document = status.read(config.runtime_dir(options.config))
-    if document is None:
-        if options.json:
-            _print_json({"schema": status.SCHEMA, "running": False})
-        else:
-            _print_lines(("snatd is not running",))
-        return 3
-    if options.json:
-        _print_json({"running": True, **document})
-    else:
-        _print_lines(report.status_lines(document))
-    healthy = document["in_sync"] and not document["fighting"]
-    return 0 if healthy and not document["configuration_refused"] else 1
+    from snatd.status import status
+
+    runtime_dir = config.runtime_dir(options.config)
+    return status(runtime_dir, as_json=options.json, every_s=options.watch)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -233,13 +253,14 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _revert(options: argparse.Namespace) -> int:
     from snatd import saving
+    from snatd.host.metrics import MetricsFile
     from snatd.kernel.backends import iptables_is
     from snatd.kernel.restore import check_restore
     from snatd.node import require_permission
 
     settings = config.load(options.config)
     require_permission()
-    instance = _take_instance(settings, "it would put its rules back at once")
+    instance = _take_instance_from_apply(settings)
     memory = MemoryFile(settings.state_dir)
     remembered = _load(memory)
     tools = Tools()
@@ -252,20 +273,26 @@ def _revert(options: argparse.Namespace) -> int:
     except BackendError as error:
         problems.append(f"saved rules: {error}")
     problems += saving.troubles(files)
+    backups = saving.backups(settings)
     if remembered and not problems:
         try:
             memory.forget()
         except OSError as error:
             problems.append(f"{memory.path} stays: {error.strerror}: remove it by hand")
+    try:
+        MetricsFile(settings.metrics_textfile).remove()
+    except OSError as error:
+        problems.append(f"{settings.metrics_textfile} stays: {error.strerror}: remove it by hand")
     instance.release()
     if options.json:
         changes = [report.transaction_document(one) for one in done]
         document = {"saved_rules": saving.documents(files), "problems": problems}
-        _print_json({"reverted": changes, **document})
+        _print_json({"reverted": changes, **document, "backups": [str(one) for one in backups]})
         return report.EXIT_FAILING if problems else 0
     changed = (*report.diff(done, _DONE), *saving.lines(files))
     if changed or not problems:
         _print_lines(changed or ("nothing of snatd's is here",))
+    _print_lines([f"{one} stays: the file as it was before snatd" for one in backups])
     for problem in problems:
         _warn(f"not reverted: {problem}")
     return report.EXIT_FAILING if problems else 0
@@ -279,31 +306,64 @@ def _revert_all(
     from snatd.kernel.lock import XtablesLock
 
     lease = read_lease(settings.subnet_file)
-    deadline = _deadline()
+    until_s = time.monotonic() + _UNDO_S
     done: list[Transaction] = []
     problems: list[str] = []
     # The guard goes last: until then what comes back hides nobody.
     every = all_tables(tools, XtablesLock(), only=None)
     for tables in sorted(every, key=lambda one: one.backend is Backend.GUARD):
         leased = None if isinstance(lease, Hold) else lease.of(tables.family)
+        subnet = leased.subnet if leased else None
         if tables.backend is Backend.GUARD and tools.find("nft") is None:
             # Nor could it have been written, unless nft was taken away since.
-            _warn(f"{tables.family.value} guard: not looked for, since nft is not installed")
+            name = f"ip{'6' * (tables.family is Family.V6)} snatd"
+            _warn(
+                f"{tables.family.value} guard: not looked for, since nft is not installed: if it "
+                f"was once, install nftables and look by `nft list table {name}`; "
+                f"`nft delete table {name}` removes it"
+            )
             continue
         where = (tables.family, tables.backend)
         memories = [memory for key, memory in remembered.items() if key[:2] == where]
         try:
-            ruleset = tables.read(deadline, thorough=True)
-            if tables.backend is Backend.GUARD:
-                transaction = without_guard(ruleset)
-            else:
-                transaction = revert(ruleset, memories, leased.subnet if leased else None)
-            if transaction is not None and transaction.edits:
-                tables.apply(transaction, deadline)
+            transaction = _revert_patiently(tables, memories, subnet, until_s)
+            if transaction is not None:
                 done.append(transaction)
         except BackendError as error:
             problems.append(f"{tables.family.value} {tables.backend.value}: {error}")
     return done, problems
+
+
+def _revert_patiently(
+    tables: Tables, memories: Sequence[Memory], subnet: Network | None, until_s: float
+) -> Transaction | None:
+    """What was done, if anything was. A held lock or a rival's write is no reason to leave rules
+    behind: tried once, and again until that point of the clock."""
+    told = False
+    while True:
+        try:
+            return _revert_once(tables, memories, subnet, _deadline())
+        except (BackendBusy, StaleRuleset) as error:
+            if time.monotonic() >= until_s:
+                raise
+            if not told:
+                _warn(f"tries again: {tables.family.value} {tables.backend.value}: {error}")
+            told = True
+            time.sleep(_TRY_AGAIN_S)
+
+
+def _revert_once(
+    tables: Tables, memories: Sequence[Memory], subnet: Network | None, deadline: Deadline
+) -> Transaction | None:
+    ruleset = tables.read(deadline, thorough=True)
+    if tables.backend is Backend.GUARD:
+        transaction = without_guard(ruleset)
+    else:
+        transaction = revert(ruleset, memories, subnet)
+    if transaction is None or not transaction.edits:
+        return None
+    tables.apply(transaction, deadline)
+    return transaction
 
 
 def _save(options: argparse.Namespace) -> int:
@@ -385,31 +445,23 @@ def _answer(options: argparse.Namespace, answer: report.Answer) -> int:
 
 
 def _warn(text: str) -> None:
-    _write(sys.stderr, f"snatd: {text}\n")
+    write(sys.stderr, f"snatd: {text}\n")
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    _write(sys.stdout, json.dumps(document, indent=2) + "\n")
+    write(sys.stdout, json.dumps(document, indent=2) + "\n")
+
+
+# Of a line that begins so: what goes, what comes, and how grave a finding is.
+_COLOURS = (
+    *(("-", "red"), ("+", "green")),
+    *(("error: ", "bold red"), ("warning: ", "bold yellow"), ("info: ", "bold cyan")),
+)
 
 
 def _print_lines(lines: Sequence[str], to_stderr: bool = False) -> None:
-    stream = sys.stderr if to_stderr else sys.stdout
-    coloured = stream is not None and stream.isatty()
-    colours = {"-": "\033[31m", "+": "\033[32m"} if coloured else {}
-    for line in lines:
-        # A rule may hold any byte, and a terminal obeys some of them.
-        safe = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in line)
-        colour = colours.get(safe[:1])
-        _write(stream, f"{colour}{safe}\033[0m\n" if colour else f"{safe}\n")
-
-
-def _write(stream: TextIO | None, text: str) -> None:
-    """Writes at once. Who reads it may be gone, and that must not stop what is being done."""
-    if stream is None:
-        return
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError:
-        # What the stream still holds would fail again at the end, as exit status 120.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    coloured = [
+        (line, next((colour for head, colour in _COLOURS if line.startswith(head)), ""))
+        for line in lines
+    ]
+    print_lines(sys.stderr if to_stderr else sys.stdout, coloured)

@@ -48,7 +48,6 @@ class Config:
     stale_flows: str = "report"
     probe: str = "repair"
     saved_rules: str = "auto"
-    # Known, and checked, from now on; what it switches comes with the feature it belongs to.
     metrics_textfile: Path | None = None
 
     @property
@@ -79,7 +78,7 @@ _CHOICES = {
     "stale_flows": ("off", "report", "udp", "all"),
     "probe": ("repair", "resync", "off"),
 }
-_PATHS = ("subnet_file", "runtime_dir", "state_dir", "metrics_textfile")
+_PATHS = ("subnet_file", "runtime_dir", "state_dir")
 _RESYNC_S = (1.0, 3600.0)
 
 
@@ -158,6 +157,8 @@ def _value(key: str, value: Any) -> Any:
         return value
     if key in _PATHS:
         return _path(value)
+    if key == "metrics_textfile":
+        return _prom_path(value)
     if key == "saved_rules":
         return value if value in ("auto", "off") else str(_path(value))
     if key in ("networks", "exclude"):
@@ -171,6 +172,13 @@ def _path(value: Any) -> Path:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise ValueError(f"{value!r} is not an absolute path")
     return Path(value)
+
+
+def _prom_path(value: Any) -> Path:
+    path = _path(value)
+    if not path.name.endswith(".prom"):
+        raise ValueError(f"{value!r} does not end in .prom: the node exporter would not read it")
+    return path
 
 
 def _each(value: Any, one: Any) -> tuple[Any, ...]:

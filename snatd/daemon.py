@@ -11,6 +11,7 @@ import selectors
 import signal
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,12 +26,15 @@ from snatd.core.model import Backend, Family, Lease, join
 from snatd.core.plan import Transaction
 from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
+from snatd.counts import Counts
 from snatd.evidence import Cause, Evidence
-from snatd.facts import Facts, now
+from snatd.facts import Causes, Facts
 from snatd.host import journal, status
 from snatd.host.instance import Instance
+from snatd.host.metrics import Metric, MetricsFile
 from snatd.host.notify import Notifier
-from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Writer
+from snatd.kernel import lock
+from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Tables, Writer, who_wrote
 from snatd.kernel.restore import check_restore
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
@@ -40,6 +44,8 @@ from snatd.saving import Saving
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
 _PASS_S = 20.0
 _SHARE_OF_WATCHDOG = 0.4
+# After each pass the status file is written, so it is never older than a resync, a pass and this.
+_SPARE_S = 10.0
 # READY=1 after the first pass whatever it gave, or after this: other services wait for it at boot.
 _FIRST_PASS_S = 9.0
 # Where inotify is used up, subnet.env is looked at this often.
@@ -69,16 +75,23 @@ class Daemon:
         self._watch: Any = None
         self._stopping = False
         self._triggers: Counter[str] = Counter({"start": 1})
-        self._writers: dict[Writer, None] = {}
-        self._told: dict[str, Any] = {}
+        self._writers: dict[Writer, Tables] = {}
+        # Of them: who was heard during the last pass, and so may be repaired already.
+        self._late: set[Writer] = set()
+        self._told: dict[object, tuple[Any, Any]] = {}
+        # Of the repairs in a row: when the first was due, and how many there were before.
+        self._episode = (time.monotonic(), 0)
         self._evidence = self._gather(Limiter())
         self._saving = self._look_after_files()
         self._facts = Facts()
+        self._counts = Counts()
+        self._metrics = MetricsFile(settings.metrics_textfile)
 
     def run(self) -> int:
         """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning, also
-        later, where somebody removed the lock and another daemon took it."""
+        later, where somebody removed the lock and another daemon took it, and ConfigError."""
         self._instance.take()
+        self._metrics.check()
         self._open()
         self._log.info("started", version=__version__, mode=self._settings.mode)
         self._pass(_FIRST_PASS_S)
@@ -92,6 +105,8 @@ class Daemon:
             self._watch.stop()
         with suppress(OSError):
             status.path_in(self._settings.runtime_dir).unlink(missing_ok=True)
+        if self._metrics.due_s is not None:
+            self._write_metrics(self._metrics.due_s)
         self._log.info("stopped", rules="left in place; `snatd revert` removes them")
         return 0
 
@@ -117,11 +132,10 @@ class Daemon:
     def _open_watch(self) -> None:
         # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
         from snatd.host.watch import FileWatch
-        from snatd.kernel.lock import PATH
 
         watch = FileWatch()
         watch.add(self._settings.subnet_file, lambda: self._wake(_SUBNET_FILE))
-        watch.add(PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
+        watch.add(lock.PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
         try:
             watch.start()
         except OSError as error:
@@ -146,6 +160,8 @@ class Daemon:
             waits.append(evidence_s)
         if self._saving.due_s is not None:
             waits.append(self._saving.due_s)
+        if self._metrics.due_s is not None:
+            waits.append(self._metrics.due_s)
         news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
         if self._poll.due_s is not None and now_s >= self._poll.due_s:
@@ -153,7 +169,12 @@ class Daemon:
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
             self._pass(_PASS_S)
-        elif self._saving.turn(now_s) or self._evidence.turn(now_s) or any(news):
+        elif (
+            self._saving.turn(now_s)
+            or self._evidence.turn(now_s)
+            or any(news)
+            or self._metrics.is_due(now_s)
+        ):
             self._publish()
         self._notifier.alive(time.monotonic())
 
@@ -163,7 +184,7 @@ class Daemon:
                 self._heard(event)
         except OSError as error:
             # The socket is dead. Another one, and a look, since it may have missed something.
-            self._log.warning("ear_reopened", source=ear.source, error=error.strerror)
+            self._log.warning("ear_reopened", source=ear.source, error=str(error))
             with suppress(KeyError, ValueError):
                 self._selector.unregister(ear)
             ear.close()
@@ -173,15 +194,13 @@ class Daemon:
 
     def _heard(self, event: Event) -> None:
         self._schedule = self._schedule.event()
+        self._counts.heard(time.monotonic(), overflow=event.overflow)
         self._triggers[event.source] += 1
-        self._facts.last_event = {
-            "at": now(),
-            "source": event.source,
-            "writer": str(event.writer) if event.writer else None,
-        }
-        self._facts.events[event.source] += 1
+        self._facts.heard(event.source, event.writer)
         if event.writer is not None:
-            self._writers[event.writer] = None
+            self._late.discard(event.writer)
+            wrote = self._writers.get(event.writer, frozenset())
+            self._writers[event.writer] = wrote | event.wrote
 
     def _woken(self) -> None:
         for byte in os.read(self._wake_reader, 4096):
@@ -198,14 +217,18 @@ class Daemon:
         self._notifier.reloading()
         try:
             new = config.load(self._path)
+            metrics = MetricsFile(new.metrics_textfile)
+            metrics.check()
         except ConfigError as error:
             # The old configuration stays in force, and STATUS says so until a good one comes.
-            self._facts.refused = " / ".join(error.complaints)
-            self._log.error("configuration_refused", why=list(error.complaints))
+            self._facts.refused(error.complaints)
+            self._log.error("configuration_refused", why=list(error.complaints), hint=_REFUSED_HELP)
         else:
             if new.runtime_dir != self._settings.runtime_dir:
-                self._log.warning("needs_restart", key="runtime_dir")
-            self._facts.refused = None
+                self._log.warning(
+                    "needs_restart", key="runtime_dir", hint="systemctl restart snatd"
+                )
+            self._facts.refused(None)
             # The lock and the status file stay where everybody looks for them until a restart.
             new = replace(new, runtime_dir=self._settings.runtime_dir)
             self._settings = new
@@ -213,10 +236,15 @@ class Daemon:
             self._log = journal.logger()
             self._edges = open_edges(new, self._tools, self._complain)
             self._schedule = replace(self._schedule, resync_s=new.resync)
-            self._told.clear()
+            # Each state is told anew, or told to be over.
+            self._told = {key: (object(), what) for key, (_, what) in self._told.items() if what}
             self._evidence.close()
             self._evidence = self._gather(self._evidence.limiter)
             self._saving = self._look_after_files()
+            if new.metrics_textfile != self._metrics.path:
+                with suppress(OSError):
+                    self._metrics.remove()
+            self._metrics = metrics
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
@@ -227,16 +255,15 @@ class Daemon:
         self._notifier.ready()
 
     def _pass(self, limit_s: float) -> None:
-        triggers, writers = self._triggers, self._writers
-        self._triggers, self._writers = Counter(), {}
+        triggers, writers, late = self._triggers, self._writers, self._late
+        self._triggers, self._writers, self._late = Counter(), {}, set()
         started_s = time.monotonic()
+        self._counts.begun(started_s)
         if self._instance.keep():
-            self._log.warning("lock_restored", path=str(self._instance.path))
+            self._log.warning("lock_restored", path=str(self._instance.path), hint=_LOCK_HELP)
         self._rearm()
         self._poll.rebase(started_s)
-        if self._notifier.watchdog_s is not None:
-            limit_s = min(limit_s, self._notifier.watchdog_s * _SHARE_OF_WATCHDOG)
-        deadline = Deadline(started_s + limit_s)
+        deadline = Deadline(started_s + self._within_watchdog_s(limit_s))
         policy = self._settings.policy
         if self._settings.mode == "observe":
             done = Pass(look(self._edges, policy, deadline))
@@ -246,8 +273,14 @@ class Daemon:
             # Who wrote may have been heard only while this pass was on its way.
             for ear in tuple(self._ears):
                 self._listen(ear)
-            writers |= self._writers
+            for writer, wrote in self._writers.items():
+                writers[writer] = writers.get(writer, frozenset()) | wrote
+            late -= self._writers.keys()
+            self._late = set(self._writers)
+        causes = {one: _causes(one, writers, late) for one in done.applied}
         ended_s = time.monotonic()
+        if self._schedule.rested(started_s):
+            self._episode = (started_s, self._facts.repairs)
         was_fighting = self._schedule.fighting
         self._schedule = self._schedule.passed(
             ended_s,
@@ -263,11 +296,20 @@ class Daemon:
             self._schedule = self._schedule.event()
             self._triggers["read_back"] += 1
         self._listen_to_bridge(done)
-        self._facts.passed(done, triggers, writers, ended_s - started_s)
-        self._tell_changes(done.applied, triggers, writers, ended_s - started_s, was_fighting)
+        self._facts.passed(done, triggers, causes, ended_s - started_s)
+        enforce = self._settings.mode == "enforce"
+        programs = {one: {writer.program for writer in by} for one, by in causes.items()}
+        self._counts.passed(done, programs, ended_s - started_s, ended_s, enforce=enforce)
+        self._tell_fight(done, causes, ended_s, was_fighting)
+        if not (self._schedule.fighting and was_fighting):
+            self._tell_changes(causes, triggers, ended_s - started_s)
         self._tell_state(done)
         self._look_further(done, triggers, ended_s)
         self._publish()
+
+    def _within_watchdog_s(self, limit_s: float) -> float:
+        watchdog_s = self._notifier.watchdog_s
+        return limit_s if watchdog_s is None else min(limit_s, watchdog_s * _SHARE_OF_WATCHDOG)
 
     def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
         if self._notifier.watchdog_s is not None:
@@ -301,30 +343,38 @@ class Daemon:
         if problem:
             resync_s = min(resync_s, _UNWATCHED_S)
         self._schedule = replace(self._schedule, resync_s=resync_s)
-        self._say("watch_failed", "warning", problem, over="watch_restored", remedy=_INOTIFY_HELP)
+        self._say("watch_failed", "warning", problem, over="watch_restored", hint=_INOTIFY_HELP)
 
-    def _tell_changes(
-        self,
-        applied: tuple[Transaction, ...],
-        triggers: Counter[str],
-        writers: dict[Writer, None],
-        duration_s: float,
-        was_fighting: bool,
-    ) -> None:
-        names = join(list(writers)) if writers else None
-        if self._schedule.fighting and not was_fighting:
-            self._facts.fighting = names or "a program that the kernel does not name"
-            self._log.warning("fighting", writer=names, hint="it undoes every repair; backing off")
-        elif was_fighting and not self._schedule.fighting:
-            self._log.info("fight_ended", repairs=self._facts.repairs, writer=self._facts.fighting)
-            self._facts.fighting = None
-        if self._schedule.fighting and was_fighting:
-            self._facts.fighting = names or self._facts.fighting
+    def _tell_fight(self, done: Pass, causes: Causes, ended_s: float, was_fighting: bool) -> None:
+        """One line when a fight begins and one when it ends; no repair is told between them."""
+        if not (self._schedule.fighting or was_fighting):
             return
+        # A script has another pid at each write: the last one of a name says enough.
+        writers = [writer for several in causes.values() for writer in several]
+        names = [*{(writer.comm, writer.of): writer for writer in writers}.values()]
+        began_s, before = self._episode
+        repairs, lasted_s = self._facts.repairs - before, round(ended_s - began_s, 1)
+        if not self._schedule.fighting:
+            writer = self._facts.fight_ended(repairs)
+            self._log.info("fight_ended", writer=writer, repairs=repairs, lasted_s=lasted_s)
+            self._episode = (ended_s, self._facts.repairs)
+            return
+        told = join(names) if names else None
+        self._facts.fights(told, repairs, lasted_s)
+        if not was_fighting:
+            self._counts.fights += 1
+            self._log.warning(
+                "fighting",
+                writer=told,
+                repairs=repairs,
+                lasted_s=lasted_s,
+                guard=report.guard_meanwhile(done.view),
+                hint=_FIGHT_HELP,
+            )
+
+    def _tell_changes(self, causes: Causes, triggers: Counter[str], duration_s: float) -> None:
         # A quick rival undoes a write before it is read back: one repair to a reader.
-        for one in dict.fromkeys(applied):
-            # nf_tables names who wrote to it, and so nobody who wrote to a legacy table.
-            named = () if one.backend is Backend.LEGACY else tuple(writers)
+        for one, named in causes.items():
             for reason in one.reasons:
                 self._log.info(
                     reason.change.value,
@@ -345,7 +395,7 @@ class Daemon:
     def _tell_state(self, done: Pass) -> None:
         """Says what is new about the state, and nothing while nothing is."""
         view = done.view
-        self._say("holding", "info", list(view.holds), over="hold_ended")
+        self._say("holding", "info", list(view.holds), over="hold_ended", hint=_HOLD_HELP)
         self._say("cut_out", "info", list(report.cut_out_lines(view)))
         self._say(
             "no_guard", "warning", list(map(str, view.unguarded)), over="guarded", hint=_UNGUARDED
@@ -359,14 +409,15 @@ class Daemon:
                 one.error.label if isinstance(one.error, BackendBusy) else str(one)
                 for one in view.problems
             ]
-            self._say(
-                "backend_failed", level, list(map(str, view.problems)), same, over="recovered"
-            )
+            problems = list(map(str, view.problems))
+            self._say("backend_failed", level, problems, same, over="recovered", hint=_FAILED_HELP)
         lease = view.node.lease if view.node else None
         if isinstance(lease, Lease) and view.node and not view.node.ipv6 and lease.of(Family.V6):
-            self._say("ipv6_skipped", "info", "IPv6 is leased, and switched off in this kernel")
+            skipped = "IPv6 is leased, and switched off in this kernel"
+            self._say("ipv6_skipped", "info", skipped, hint="only IPv4 is looked after")
         if self._settings.mode == "observe":
-            self._say("would_change", "warning", list(report.diff(view.plan)), over="in_sync")
+            changes = list(report.diff(view.plan))
+            self._say("would_change", "warning", changes, over="in_sync", hint=_OBSERVE_HELP)
 
     def _say(
         self,
@@ -375,30 +426,52 @@ class Daemon:
         what: Any,
         same: Any = None,
         over: str | None = None,
+        about: Family | None = None,
         **fields: Any,
     ) -> None:
         """Logs an event when its content (or `same`, what matters of it) differs from the last
-        time; `over` when it is empty."""
+        time, that of each family apart; `over` when it is empty, with what it was."""
         matters = what if same is None else same
-        before, self._told[event] = self._told.get(event), matters
+        before, was = self._told.get((event, about), (None, None))
+        self._told[event, about] = (matters, what)
         if matters == before or (not matters and not before):
             return
         if what:
             getattr(self._log, level)(event, what=what, **fields)
         elif over is not None:
-            self._log.info(over)
+            self._log.info(over, was=was)
 
     def _complain(self, text: str) -> None:
         self._say("state_not_kept", "warning", text)
 
     def _publish(self) -> None:
+        saved_rules = {"saved_rules": self._saving.document()}
+        self._facts.found(self._evidence.document() | saved_rules)
+        self._write_metrics(time.monotonic())
         try:
-            saved_rules = {"saved_rules": self._saving.document()}
-            self._facts.evidence = self._evidence.document() | saved_rules
-            status.write(self._settings.runtime_dir, self._facts.document(self._settings.mode))
+            document = self._facts.document(self._settings.mode)
+            pass_s = self._within_watchdog_s(_PASS_S)
+            longest_silence_s = self._schedule.resync_s + pass_s + _SPARE_S
+            status.write(self._settings.runtime_dir, document, longest_silence_s)
         except OSError as error:
-            self._say("status_not_written", "warning", f"{error.filename}: {error.strerror}")
+            path = status.path_in(self._settings.runtime_dir)
+            stale = "`snatd status` will say that the daemon does not answer"
+            self._say("status_not_written", "warning", f"{path}: {error.strerror}", hint=stale)
+        else:
+            self._say("status_not_written", "warning", "")
         self._notifier.status(self._facts.headline())
+
+    def _write_metrics(self, now_s: float) -> None:
+        def metrics() -> tuple[Metric, ...]:
+            document = self._facts.document(self._settings.mode)
+            waits = (lock.waits.count, lock.waits.total_s)
+            return self._counts.metrics(document, self._settings.resync, waits)
+
+        self._metrics.offer(now_s, metrics)
+        problem = self._metrics.problem
+        self._facts.metrics_problem = problem or None
+        hint = "tried again after each pass"
+        self._say("metrics_not_written", "warning", problem, over="metrics_written", hint=hint)
 
     def _summarise(self) -> None:
         self._publish()
@@ -412,7 +485,27 @@ class Daemon:
         )
 
 
+def _causes(
+    one: Transaction, writers: Mapping[Writer, Tables], late: Collection[Writer]
+) -> tuple[Writer, ...]:
+    """Who may have caused a repair: those heard since the pass before, or else those heard during
+    that one, whose writes it has mostly seen already."""
+    named = who_wrote(writers, one.family, one.backend)
+    return tuple(writer for writer in named if writer not in late) or named
+
+
 _UNGUARDED = (
     "only the rules are narrowed: until a repair, and by chains of others, some may be SNATed"
 )
-_INOTIFY_HELP = "raise fs.inotify.max_user_instances and max_user_watches; polling meanwhile"
+_HOLD_HELP = "nothing is changed or removed meanwhile; it goes on by itself"
+_FAILED_HELP = "tried again at least every 30 s; snatd check"
+_FIGHT_HELP = (
+    "have that program not write it; repairs go on, up to 5 s apart, not logged one by one"
+)
+_OBSERVE_HELP = "nothing was changed, since mode is observe"
+_REFUSED_HELP = "the old configuration stays in force; snatd check; systemctl reload snatd"
+_LOCK_HELP = "it was taken again; find out what removes files there"
+_INOTIFY_HELP = (
+    "looked at every 5 s meanwhile; fs.inotify.max_user_instances and max_user_watches may be "
+    "used up"
+)

@@ -1,6 +1,6 @@
 """`snatd doctor`: what on this node makes containers lose their address or their way.
 
-Reads what the checks of `core` are asked about, and prints what they find. Writes nothing.
+Asks the checks, and prints what they find. Writes nothing.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from snatd import doctor_rivals, doctor_way
 from snatd.config import Config
-from snatd.core import way
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
 from snatd.core.finding import Finding, Severity, in_order
 from snatd.core.model import NodeState, count
-from snatd.kernel.sysctls import read_sysctl
+from snatd.core.surroundings import Device
+from snatd.doctor_way import Found, Reached, read_reached
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
 from snatd.reconcile import View, look
@@ -43,6 +45,21 @@ class Examined:
         """None where it could not be read; the view says why."""
         return self.view.node
 
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """Raises BackendError."""
+        from snatd.kernel.links import read_devices
+
+        return read_devices()
+
+    @cached_property
+    def reached(self) -> tuple[Reached, ...]:
+        """What is around each family that has a bridge. Raises BackendError."""
+        return read_reached(self)
+
+
+SCHEMA = 1
+
 
 def doctor(settings: Config) -> Answer:
     """Looks, and says what it found. About a second."""
@@ -52,20 +69,10 @@ def doctor(settings: Config) -> Answer:
     found = in_order(tuple(finding for check in _CHECKS for finding in _made(check, examined)))
     counted = [one for one in found if one.severity is not Severity.INFO]
     return Answer(
-        {"findings": [_document(one) for one in found]},
+        {"schema": SCHEMA, "findings": [_document(one) for one in found]},
         tuple(_lines(found)),
         exit_code=EXIT_DRIFT if counted else EXIT_OK,
     )
-
-
-Found = Iterator[Finding]
-
-
-def _forwarding(examined: Examined) -> Found:
-    for one in examined.leased:
-        value = read_sysctl(way.FORWARDING[one.family])
-        if value is not None:
-            yield from way.forwarding(one, value)
 
 
 def _problems(examined: Examined) -> Found:
@@ -81,7 +88,11 @@ def _problems(examined: Examined) -> Found:
 
 
 # Each is asked; the gravest answer comes first.
-_CHECKS: tuple[Callable[[Examined], Found], ...] = (_problems, _forwarding)
+_CHECKS: tuple[Callable[[Examined], Found], ...] = (
+    _problems,
+    *doctor_way.CHECKS,
+    *doctor_rivals.CHECKS,
+)
 
 
 def _made(check: Callable[[Examined], Found], examined: Examined) -> Found:
@@ -92,9 +103,9 @@ def _made(check: Callable[[Examined], Found], examined: Examined) -> Found:
             "not_looked",
             Severity.WARNING,
             "a part of this node could not be examined",
-            (f"{check.__name__.strip('_').replace('_', ' ')}: {error}",),
+            (str(error),),
             "what is wrong there stays unseen",
-            ("look at what the error says, then `snatd doctor` again",),
+            ("# look at what the error says, then `snatd doctor` again",),
         )
 
 
@@ -112,14 +123,18 @@ def _document(finding: Finding) -> dict[str, Any]:
 def _lines(found: tuple[Finding, ...]) -> Iterator[str]:
     for one in found:
         yield f"{one.severity.value}: {one.says} ({one.name})"
-        yield from (f"    found   {line}" for line in one.evidence)
-        yield f"    so      {one.why}"
-        yield from (f"    remedy  {line}" for line in one.remedy)
+        for label, lines in (("found", one.evidence), ("why", (one.why,)), ("remedy", one.remedy)):
+            for number, line in enumerate(lines):
+                yield f"    {'' if number else label:6}  {line}"
+        yield ""
     yield _total(found)
+
+
+_NOUNS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "note"}
 
 
 def _total(found: tuple[Finding, ...]) -> str:
     if not found:
         return "nothing found"
     numbers = {severity: sum(one.severity is severity for one in found) for severity in Severity}
-    return ", ".join(count(n, severity.value) for severity, n in numbers.items() if n)
+    return ", ".join(count(n, _NOUNS[severity]) for severity, n in numbers.items() if n)

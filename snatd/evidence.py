@@ -12,7 +12,7 @@ import enum
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -159,14 +159,33 @@ class Evidence:
         found = suspects.find_suspects(self._leased, self.settings.marks, self.tools, deadline)
         proved_at = self._found.proved_at if all(one.none for one in found) else ""
         self._found = replace(self._found, suspects=found, proved_at=proved_at)
-        self.say("can_snat", "warning", suspects.rule_lines(found), over="none_can_snat")
-        self.say("before_guard", "warning", suspects.earlier_lines(found))
+        self.say(
+            "can_snat",
+            "warning",
+            suspects.rule_lines(found),
+            over="none_can_snat",
+            guard=self._guard(found),
+            hint="snatd explain",
+        )
+        earlier = suspects.earlier_lines(found)
+        self.say("before_guard", "warning", earlier, hint="give it a priority above -199")
         when = self.settings.probe
         doubt = self._unproved or self.wrong or any(one.rules for one in found)
         if when == "resync" or (when == "repair" and doubt):
             self._probe(now_s)
         if self.settings.stale_flows != "off":
             self._begin_sweeps(changed=changed)
+
+    def _guard(self, found: Iterable[Suspects]) -> str:
+        """Why the guard does not keep rules that can SNAT from doing so."""
+        guarded = {one.guarded for one in found if one.rules}
+        if None in guarded:
+            return "not known"
+        if False not in guarded:
+            return "there, and does not decide for all of this traffic"
+        if self.settings.guard == "off":
+            return 'none: guard is "off"'
+        return "none: mode is observe" if self.settings.mode == "observe" else "none"
 
     def _probe(self, now_s: float) -> None:
         from snatd.verify import probe
@@ -202,7 +221,8 @@ class Evidence:
             proved_at=now() if answered and certain and not wrong else "",
             wrong=tuple(wrong),
         )
-        self.say("not_kept", "error", wrong, over="kept_again")
+        hint = "snatd verify; snatd explain"
+        self.say("not_kept", "error", wrong, over="kept_again", hint=hint)
 
     def _doubt(self, one: Probe) -> str:
         from snatd.verify import doubt
@@ -249,7 +269,7 @@ class Evidence:
                 )
             except BackendError as error:
                 self._todo.popleft()
-                self.say("flows_unknown", "warning", str(error), over="flows_known")
+                self._say_unknown(one.family, str(error))
             else:
                 self.selector.register(self._sweep, selectors.EVENT_READ, self.step)
 
@@ -262,11 +282,11 @@ class Evidence:
         try:
             sweep.step()
         except BackendError as error:
-            self.say("flows_unknown", "warning", str(error), over="flows_known")
+            self._say_unknown(self._todo[0].family, str(error))
         else:
             if sweep.tally is None:
                 return False
-            self.say("flows_unknown", "warning", "", over="flows_known")
+            self._say_unknown(self._todo[0].family, "")
             self._count(self._todo[0], sweep.tally)
         self.selector.unregister(descriptor)
         self._sweep = None
@@ -275,6 +295,11 @@ class Evidence:
         self._next_sweep()
         return True
 
+    def _say_unknown(self, family: Family, why: str) -> None:
+        hint = "install conntrack, or load nf_conntrack_netlink"
+        what = f"{family.value}: {why}" if why else ""
+        self.say("flows_unknown", "warning", what, over="flows_known", about=family, hint=hint)
+
     def _count(self, desired: Desired, tally: Tally) -> None:
         flows = self._flows[desired.family]
         flows.wrong, flows.cut_off = tally.wrong - tally.deleted, tally.cut_off
@@ -282,12 +307,13 @@ class Evidence:
             flows.deleted += tally.deleted
             flows.kept = flows.changed = 0
             flows.since, flows.before = now(), tally.ids
+            self.say("flows_changed", "warning", "", about=desired.family)
             if tally.wrong:
                 self.say(
                     "stale_flows",
                     "info",
-                    f"since before the change {count(tally.wrong, 'connection')} from "
-                    f"{desired.subnet} seen as somebody else; {tally.deleted} deleted",
+                    f"{count(tally.wrong, 'connection')} from {desired.subnet} seen as somebody "
+                    f"else, begun before the last change or start; {tally.deleted} deleted",
                     same=(desired.family, tally.wrong, tally.deleted, flows.since),
                     hint="snatd flows",
                 )
@@ -300,6 +326,8 @@ class Evidence:
                 "their address"
                 if tally.changed
                 else "",
+                same=tally.changed > 0,  # more of them are no news
+                about=desired.family,
                 hint="snatd flows; snatd explain",
             )
 

@@ -2,103 +2,187 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from datetime import UTC, datetime
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from snatd import __version__, report
 from snatd.core.model import count
+from snatd.core.plan import Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass
 
+# So much of a repair is told, and of so many; the journal has the rest.
+_RECENT = 5
+_RULES, _LONGEST, _WRITERS = 4, 500, 4
 
-class Facts:
-    """Counts and last times since the start."""
 
-    def __init__(self) -> None:
-        self.started_at = now()
-        self.repairs = 0
-        self.passes = 0
-        self.events: Counter[str] = Counter()
-        self.last_event: dict[str, Any] | None = None
-        self.last_repair: dict[str, Any] | None = None
-        self.last_pass: dict[str, Any] | None = None
-        self.fighting: str | None = None
-        self.refused: str | None = None
-        self.evidence: dict[str, Any] = {}
-        self._state = ""
-        self._since = now()
-        self._view: dict[str, Any] = {}
-
-    def passed(
-        self, done: Pass, triggers: Counter[str], writers: dict[Writer, None], duration_s: float
-    ) -> None:
-        self.passes += 1
-        self.repairs += len(dict.fromkeys(done.applied))
-        self._view = report.document(done.view)
-        state = report.state(done.view)
-        if state != self._state:
-            self._state, self._since = state, now()
-        trigger = ",".join(triggers) or "resync"
-        self.last_pass = {
-            "at": now(),
-            "duration_ms": round(duration_s * 1000, 1),
-            "trigger": trigger,
-        }
-        for one in done.applied:
-            self.last_repair = {
-                "at": now(),
-                "trigger": trigger,
-                "writers": [str(writer) for writer in writers],
-                **report.transaction_document(one),
-            }
-
-    def headline(self) -> str:
-        """STATUS=: what most needs to be known comes first."""
-        line = str(self._view.get("headline", "starting"))
-        if wrong := self._is_wrong():
-            line = f"degraded: the rules are in sync, but {wrong}"
-        elif proved_at := self.evidence.get("proof", {}).get("proved_at"):
-            line += f"; proved at {proved_at[11:19]} UTC"
-        for one in self.evidence.get("saved_rules", ()):
-            if one["state"] in ("left alone", "not written"):
-                line += report.plain(f"; saved rules {one['path']} {one['state']}")
-        if self.fighting:
-            line = (
-                f"fighting with {self.fighting}, which undoes each repair; at the last look {line}"
-            )
-        if self.refused:
-            line = f"new configuration refused, the old one is in force ({self.refused}); {line}"
-        return f"{line}; {count(self.repairs, 'repair')}"
-
-    def _is_wrong(self) -> str:
-        """What a datagram showed, although the rules are in sync: it counts for more."""
-        wrong = self.evidence.get("proof", {}).get("wrong")
-        return report.plain(wrong[0]) if wrong and self._view.get("in_sync") else ""
-
-    def document(self, mode: str) -> dict[str, Any]:
-        return {
-            **self._view,
-            **self.evidence,
-            **({"state": "degraded", "in_sync": False} if self._is_wrong() else {}),
-            "version": __version__,
-            "mode": mode,
-            "started_at": self.started_at,
-            "written_at": now(),
-            "status": self.headline(),
-            "since": self._since,
-            "repairs": self.repairs,
-            "passes": self.passes,
-            "events": dict(self.events),
-            "last_event": self.last_event,
-            "last_pass": self.last_pass,
-            "last_repair": self.last_repair,
-            "fighting": self.fighting,
-            "configuration_refused": self.refused,
-            "dropped_log_lines": journal.dropped["lines"],
-        }
+# Each repair, and who may have caused it.
+Causes = Mapping[Transaction, Sequence[Writer]]
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Facts:
+    """Counts and last times since the start. `clock` gives the time, as `now` does."""
+
+    def __init__(self, clock: Callable[[], str] = now) -> None:
+        self._now = clock
+        self.started_at = clock()
+        self.repairs = 0
+        self.passes = 0
+        self.events: Counter[str] = Counter()
+        self.last_event: dict[str, Any] | None = None
+        self.last_pass: dict[str, Any] | None = None
+        self.metrics_problem: str | None = None
+        self._fight: dict[str, Any] | None = None
+        self._fights = 0
+        self._last_fight: dict[str, Any] | None = None
+        self._refused: dict[str, Any] | None = None
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        self._evidence: dict[str, Any] = {}
+        self.metrics_problem = ""
+        self._state = "starting"
+        self._since = self.started_at
+        self._particulars: tuple[str, ...] = ()
+        self._view: dict[str, Any] = {}
+
+    def passed(self, done: Pass, triggers: Counter[str], causes: Causes, duration_s: float) -> None:
+        repairs = tuple(dict.fromkeys(done.applied))
+        trigger = ",".join(triggers) or "resync"
+        self.passes += 1
+        self.repairs += len(repairs)
+        self._view = report.document(done.view)
+        self._particulars = report.particulars(done.view)
+        self.last_pass = {
+            "at": self._now(),
+            "duration_ms": round(duration_s * 1000, 1),
+            "trigger": trigger,
+        }
+        for one in repairs:
+            self._recent.appendleft(_repair(one, self._now(), trigger, causes[one]))
+        self._enter(anew=bool(repairs))
+
+    def heard(self, source: str, writer: Writer | None) -> None:
+        self.events[source] += 1
+        by = str(writer) if writer else None
+        self.last_event = {"at": self._now(), "source": source, "writer": by}
+
+    def found(self, evidence: dict[str, Any]) -> None:
+        """What was found out beside the rules, in place of what was before."""
+        self._evidence = evidence
+        self._enter()
+
+    def refused(self, complaints: Iterable[str] | None) -> None:
+        """A new configuration was refused, or, with None, taken."""
+        self._refused = None if complaints is None else {"at": self._now(), "why": list(complaints)}
+
+    def fights(self, rival: str | None, repairs: int, lasted_s: float) -> None:
+        """A fight begins or goes on. None: with somebody whom the kernel does not name."""
+        if self._fight is None:
+            self._fights += 1
+            began = datetime.fromisoformat(self._now()) - timedelta(seconds=lasted_s)
+            since = began.isoformat(timespec="milliseconds")
+            self._fight = {"with": "a program that the kernel does not name", "since": since}
+        self._fight |= {"with": rival or self._fight["with"], "repairs": repairs}
+
+    def fight_ended(self, repairs: int) -> str:
+        """Returns whose it was."""
+        assert self._fight is not None, "a fight that ends has begun"
+        self._last_fight = self._fight | {"repairs": repairs, "ended_at": self._now()}
+        self._fight = None
+        return str(self._last_fight["with"])
+
+    def _enter(self, *, anew: bool = False) -> None:
+        """`since` is when the state began; of "in sync" also when it was last repaired."""
+        wrong = self._is_wrong()
+        state = "degraded" if wrong else str(self._view.get("state", self._state))
+        if state != self._state or (anew and state == "in sync"):
+            self._state, self._since = state, self._now()
+
+    def headline(self) -> str:
+        """STATUS=: what most needs to be known comes first. Plain ASCII, see `report.headline`."""
+        told = list(self._headline(whole=True))
+        proved_at = self._evidence.get("proof", {}).get("proved_at")
+        if proved_at and not self._is_wrong():
+            told.append(f"proved at {self._clock(proved_at)}")
+        return report.SEPARATOR.join((*told, count(self.repairs, "repair")))
+
+    def _headline(self, *, whole: bool = False) -> tuple[str, ...]:
+        """Its parts; `whole`: with what has a row of its own in `snatd status`."""
+        parts = [f"{self._state} since {self._clock(self._since)}"]
+        if self._fight:
+            parts = [
+                f"fighting with {self._fight['with']} since {self._clock(self._fight['since'])}",
+                "it undoes each repair",
+                f"at the last look {self._state}",
+            ]
+        if self._refused:
+            at = self._clock(self._refused["at"])
+            why = self._refused["why"] if whole else ()
+            parts = [
+                f"new configuration refused at {at}, the old one is in force",
+                *why,
+                *parts,
+            ]
+        wrong = self._is_wrong()
+        parts += ["the rules are in sync, but " + wrong] if wrong else self._particulars
+        parts += [
+            f"saved rules {one['path']} {one['state']}"
+            for one in self._evidence.get("saved_rules", ())
+            if one["state"] in ("left alone", "not written")
+        ]
+        if self.metrics_problem:
+            parts.append(f"metrics not written: {self.metrics_problem}")
+        return tuple(map(report.plain, parts))
+
+    def _clock(self, at: str) -> str:
+        return f"{report.clock(at, self._now())} UTC"
+
+    def _is_wrong(self) -> str:
+        """What a datagram showed, although the rules are in sync: it counts for more."""
+        wrong = self._evidence.get("proof", {}).get("wrong")
+        return str(wrong[0]) if wrong and self._view.get("in_sync") else ""
+
+    def document(self, mode: str) -> dict[str, Any]:
+        return {
+            **self._view,
+            **self._evidence,
+            **({"state": "degraded", "in_sync": False} if self._is_wrong() else {}),
+            "version": __version__,
+            "mode": mode,
+            "started_at": self.started_at,
+            "written_at": self._now(),
+            "status": self.headline(),
+            "told": list(self._headline()),
+            "since": self._since,
+            "repairs": self.repairs,
+            "recent_repairs": list(self._recent),
+            "fights": {"count": self._fights, "now": self._fight, "last": self._last_fight},
+            "passes": self.passes,
+            "events": dict(self.events),
+            "last_event": self.last_event,
+            "last_pass": self.last_pass,
+            "configuration_refused": self._refused,
+            "metrics_problem": self.metrics_problem,
+            "dropped_log_lines": journal.dropped["lines"],
+        }
+
+
+def _repair(
+    transaction: Transaction, at: str, trigger: str, writers: Sequence[Writer]
+) -> dict[str, Any]:
+    return {
+        "at": at,
+        "family": transaction.family.value,
+        "backend": transaction.backend.value,
+        "changes": list(dict.fromkeys(one.change.value for one in transaction.reasons)),
+        "removed": [text[:_LONGEST] for text in transaction.removed[:_RULES]],
+        "added": [text[:_LONGEST] for text in transaction.added[:_RULES]],
+        "trigger": trigger,
+        "writers": [{"comm": one.comm, "pid": one.pid, "of": one.of} for one in writers[:_WRITERS]],
+    }

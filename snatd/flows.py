@@ -38,7 +38,7 @@ def read_leased(
 def flows(settings: Config, delete: str | None = None) -> Answer:
     """Lists the wrong flows, or deletes those of a policy (`udp`, `all`). Blocks up to 20 s a
     family; raises BackendError where the node cannot be read."""
-    # Imported here: pyroute2 costs 0.3 s, and a configuration error should not wait for that.
+    # Imported here: pyroute2 costs 0.1 s, and a configuration error should not wait for that.
     from snatd.kernel.conntrack import Sweep
 
     tools = Tools()

@@ -31,11 +31,13 @@ from snatd.core.model import (
     NodeState,
     Policy,
     Ruleset,
+    join,
 )
 from snatd.core.plan import (
     Transaction,
     applied,
     plan,
+    unwritable,
 )
 
 # How often a pass looks again at once when a rival wrote between its read and its write, and how
@@ -159,8 +161,24 @@ def _look_at_rules(view: View, edges: Edges, policy: Policy, deadline: Deadline)
     ]
     for family, wanted in decided.items():
         transactions += plan(wanted, rulesets[family], policy.backend or view.node.iptables_is)
+        if isinstance(wanted, Desired):
+            problems += [
+                Problem(_unwritable(wanted, ruleset, numbers), family, backend)
+                for backend, ruleset in rulesets[family].items()
+                if (numbers := unwritable(wanted, ruleset))
+            ]
     view = replace(view, rulesets=flat, plan=tuple(transactions))
     return _excused(view, problems, policy)
+
+
+def _unwritable(wanted: Desired, ruleset: Ruleset, numbers: Sequence[int]) -> BackendFailed:
+    tool = f"{wanted.family.command}-{ruleset.backend.value}"
+    first = f"{tool} -t nat -D POSTROUTING {numbers[0]}"
+    return BackendFailed(
+        f"POSTROUTING rule {join(numbers)} hides the addresses of {wanted.subnet} and cannot be "
+        f"narrowed, because of a line break in its comment or a quote in its interface: remove it "
+        f"by hand: `{first}`"
+    )
 
 
 def _excused(view: View, problems: Sequence[Problem], policy: Policy) -> View:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snatd.core.errors import BackendBusy
-from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count, join
+from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count
 from snatd.core.plan import Transaction
 from snatd.core.proof import Probe
 from snatd.core.rules import is_ours, own_jumps
@@ -15,6 +15,9 @@ from snatd.reconcile import View
 
 EXIT_OK, EXIT_DRIFT, EXIT_USAGE, EXIT_WAITING, EXIT_FAILING = 0, 1, 2, 3, 4
 EXIT_NOT_PERMITTED, EXIT_CONFIG = 77, 78
+
+# Between the parts of a daemon's headline, where only ASCII will do.
+SEPARATOR = " - "
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def headline(view: View) -> str:
     Plain ASCII whatever rules and devices are called: systemd reads a line of its own in every
     newline, and a status of any other encoding loses the whole message.
     """
-    return plain(_headline(view))
+    return plain(f"{state(view)}: {'; '.join(particulars(view))}")
 
 
 def plain(text: str) -> str:
@@ -59,21 +62,27 @@ def plain(text: str) -> str:
     return "".join(one if " " <= one <= "~" else ascii(one)[1:-1] for one in text)
 
 
-def _headline(view: View) -> str:
+def particulars(view: View) -> tuple[str, ...]:
+    """What a headline says behind the name of the state."""
     if view.problems:
         more = f" (and {len(view.problems) - 1} more)" if len(view.problems) > 1 else ""
-        return f"degraded: {view.problems[0]}{more}"
+        return (f"{view.problems[0]}{more}",)
     if view.plan:
         go = sum(len(one.removed) for one in view.plan)
-        return (
-            f"drift: {count(go, 'rule')} to go, {sum(len(one.added) for one in view.plan)} to come"
-        )
+        come = sum(len(one.added) for one in view.plan)
+        return (f"{count(go, 'rule')} to go, {come} to come",)
     if view.holds:
-        return f"waiting: {view.holds[0]}"
+        return (view.holds[0],)
     parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in view.leased]
+    if not parts:
+        return ("nothing is leased in a family that this kernel has",)
     without = ", without a guard" if view.unguarded else ""
-    nothing = "nothing is leased in a family that this kernel has"
-    return f"in sync: {'; '.join(parts) + without if parts else nothing}"
+    return (*parts[:-1], parts[-1] + without)
+
+
+def clock(at: str, now: str) -> str:
+    """A time of ISO 8601 as a person reads it: without the date if that is today's."""
+    return at[11:19] if at[:10] == now[:10] else f"{at[:10]} {at[11:19]}"
 
 
 def diff(transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:
@@ -162,6 +171,14 @@ def _guard(family: Family, view: View) -> dict[str, Any]:
     }
 
 
+def guard_meanwhile(view: View) -> str:
+    """What becomes of cluster traffic while a rule that hides it stands."""
+    families = [one.family for one in view.leased]
+    if families and all(_guard(family, view)["in_place"] for family in families):
+        return "in place: cluster traffic keeps its address all the same"
+    return "not in place: what begins before a repair is masqueraded, and stays so"
+
+
 def transaction_document(transaction: Transaction) -> dict[str, Any]:
     return {
         "family": transaction.family.value,
@@ -199,70 +216,3 @@ def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tu
     notes += [f"no guard: {problem}" for problem in view.unguarded]
     notes += [f"stays masqueraded: {line}" for line in cut_out_lines(view)]
     return (head, *diff(transactions, note), *notes)
-
-
-def _evidence_rows(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    for one in document["suspects"]:
-        if one["none"]:
-            yield f"{one['family']} rules", "none on this node can SNAT unmarked cluster traffic"
-        for rule in one["rules"]:
-            yield f"{one['family']} rules", f"can SNAT cluster traffic: {rule}"
-        for hook in one["before_guard"]:
-            yield "", f"asked before the guard, or may be: nat chain {hook}"
-        for why in one["unknown"]:
-            yield f"{one['family']} rules", f"not known whether one can SNAT cluster traffic: {why}"
-    proof = document["proof"]
-    if proof["probed_at"]:
-        kept = [probe["kept"] for probe in proof["probes"] if probe["inside"]]
-        says = (
-            f"{count(len(kept), 'datagram')} to neighbours: {kept.count(True)} kept, "
-            f"{kept.count(False)} SNATed, {kept.count(None)} without an answer"
-        )
-        yield "proof", f"{proof['probed_at']} {says}{', proved' if proof['proved_at'] else ''}"
-    for text in proof["wrong"]:
-        yield "", text
-    for one in document["flows"]:
-        if one["since"] is None:
-            continue  # not counted yet
-        since = f"{one['kept_since']} kept, {one['changed_since']} changed since {one['since']}"
-        yield f"{one['family']} flows", f"{since}; {one['stale']} wrong, {one['deleted']} deleted"
-
-
-def _because(why: str) -> str:
-    return f": {why}" if why else ""
-
-
-def status_lines(document: dict[str, Any]) -> tuple[str, ...]:
-    """What `snatd status` prints of the daemon's word."""
-    rows: list[tuple[str, str]] = [("", f"{document['status']}")]
-    rows.append(("since", document["since"]))
-    for one in document["families"]:
-        rows.append(("subnet", f"{one['subnet']} on {one['bridge'] or 'no bridge yet'}"))
-        rows.append(("networks", ", ".join(one["networks"])))
-        rows += [("cut out", f"{cut['network']} ({cut['why']})") for cut in one["cut_outs"]]
-    for one in document["rulesets"]:
-        where = f"{one['family']} {one['backend']}"
-        rows.append((where, f"{count(one['postrouting_rules'], 'rule')} in POSTROUTING"))
-        rows += [("", rule) for rule in one["ours"]]
-    for one in document["guard"]:
-        says = f"in place, kept the address of {count(one['connections'] or 0, 'connection')}"
-        if not one["in_place"]:
-            says = f"not in place: {one['why_not']}"
-        rows.append((f"{one['family']} guard", says))
-    rows += [("waiting", reason) for reason in document["waiting_for"]]
-    rows += [("problem", problem["message"]) for problem in document["problems"]]
-    rows += _evidence_rows(document)
-    for one in document.get("saved_rules", ()):
-        rows.append(("saved rules", f"{one['path']}: {one['state']}{_because(one['why'])}"))
-    repair = document["last_repair"]
-    by = f", after {join(repair['writers'])}" if repair and repair["writers"] else ""
-    last = f", last {repair['at']}{by}" if repair else ""
-    rows.append(("repairs", f"{document['repairs']}{last}"))
-    if event := document["last_event"]:
-        rows.append(("last event", f"{event['at']} {event['source']} {event['writer'] or ''}"))
-    if last_pass := document["last_pass"]:
-        took = f"{last_pass['duration_ms']} ms, because of {last_pass['trigger']}"
-        rows.append(("last pass", f"{last_pass['at']}, {took}"))
-    rows.append(("daemon", f"pid {document['pid']}, {document['mode']}, {document['version']}"))
-    width = max(len(name) for name, _ in rows)
-    return tuple(f"{name:{width}}  {value}".strip() if name else value for name, value in rows)

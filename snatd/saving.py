@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from snatd.config import Config
@@ -19,7 +20,16 @@ from snatd.core.saved import Edited, bring_in_line, dynamic_chains, put_back, wi
 from snatd.host import journal
 from snatd.host.flannel import read_lease
 from snatd.host.memory import Key, MemoryDamaged, MemoryFile
-from snatd.host.saved_rules import Outcome, SavedFile, State, candidates, find, rewrite, signature
+from snatd.host.saved_rules import (
+    Outcome,
+    SavedFile,
+    State,
+    candidates,
+    drop_backup,
+    find,
+    rewrite,
+    signature,
+)
 from snatd.reconcile import View
 from snatd.report import EXIT_DRIFT, EXIT_FAILING, EXIT_OK, EXIT_WAITING, Answer
 
@@ -183,8 +193,11 @@ class Saving:
             "warning",
             troubles(self._outcomes),
             over="saved_rules_in_line",
+            hint="snatd save",
         )
-        self.say("saved_rule_not_understood", "warning", _doubts(self._outcomes))
+        doubts = _doubts(self._outcomes)
+        hint = "write it as iptables-save does, or remove it"
+        self.say("saved_rule_not_understood", "warning", doubts, hint=hint)
 
     def document(self) -> list[dict[str, Any]]:
         """For the status file."""
@@ -304,6 +317,13 @@ def revert_files(
         except OSError as error:
             complain(f"{memory.path} stays: {error.strerror}: remove it by hand")
     return tuple(one for one in outcomes if one.state is not State.IN_LINE)
+
+
+def backups(settings: Config) -> tuple[Path, ...]:
+    """Where the first content of a saved file still is, and differs from the file. A backup that
+    says the same as its file is removed."""
+    files = dict.fromkeys((*candidates("auto"), *candidates(settings.saved_rules)))
+    return tuple(backup for file in files if (backup := drop_backup(file.path)) is not None)
 
 
 _TROUBLE = (State.LEFT_ALONE, State.NOT_WRITTEN)

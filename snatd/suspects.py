@@ -12,10 +12,9 @@ from typing import Any
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
-from snatd.core.model import join
-from snatd.core.packet import Hook, address_types
-from snatd.core.trace import Answer, before_guard, cluster_packets, rewriters
-from snatd.core.writers import UNKNOWN, writer
+from snatd.core.packet import Hook, Packet, address_types
+from snatd.core.trace import GUARD_TABLE, Answer, before_guard, cluster_packets, rewriters
+from snatd.core.writers import told
 from snatd.kernel.hooks import Hooks, read_hooks
 from snatd.kernel.tools import Tools
 
@@ -24,18 +23,27 @@ from snatd.kernel.tools import Tools
 class Suspects:
     """`rules`: each that could, with what it depends on. `earlier`: nat chains of other programs
     that are asked before the guard. `unknown`: what could not be looked at, and why. `hooks`: all
-    that was read, None where nothing could be."""
+    that was read, None where nothing could be. `packets`: what was asked about."""
 
     desired: Desired
     hooks: Hooks | None = None
     rules: tuple[Answer, ...] = ()
     earlier: tuple[Hook, ...] = ()
     unknown: tuple[str, ...] = ()
+    packets: tuple[Packet, ...] = ()
 
     @property
     def none(self) -> bool:
         """Whether no rule on this node can, for certain."""
         return not (self.rules or self.unknown)
+
+    @property
+    def guarded(self) -> bool | None:
+        """Whether a guard is asked, whatever it says; None where that could not be looked at."""
+        there = () if self.hooks is None else self.hooks.hooks
+        if any(one.table.partition(" ")[2] == GUARD_TABLE for one in there):
+            return True
+        return None if self.unknown else False
 
 
 def find_suspects(
@@ -46,7 +54,7 @@ def find_suspects(
 
 
 def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -> Suspects:
-    # Imported here: pyroute2 costs 0.3 s, and whoever reads this module's answers does not need it.
+    # Imported here: pyroute2 costs 0.1 s, and whoever reads this module's answers does not need it.
     from snatd.kernel.links import read_sources
 
     try:
@@ -55,9 +63,8 @@ def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -
     except BackendError as error:
         return Suspects(desired, unknown=(str(error),))
     packets = cluster_packets(desired, marks, address_types(desired.family, local, broadcast))
-    return Suspects(
-        desired, read, rewriters(read.hooks, packets), before_guard(read.hooks), read.unread
-    )
+    rules = rewriters(read.hooks, packets)
+    return Suspects(desired, read, rules, before_guard(read.hooks), read.unread, packets)
 
 
 def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
@@ -82,7 +89,7 @@ def lines(found: Iterable[Suspects]) -> tuple[str, ...]:
 def rule_lines(found: Iterable[Suspects]) -> list[str]:
     """The rules that can."""
     return [
-        f"can SNAT cluster traffic from {one.desired.subnet}: {_rule(answer)}"
+        f"can SNAT cluster traffic from {one.desired.subnet}: {told(answer)}"
         for one in found
         for answer in one.rules
     ]
@@ -98,23 +105,13 @@ def earlier_lines(found: Iterable[Suspects]) -> list[str]:
     return list(dict.fromkeys(hooks))
 
 
-def _rule(answer: Answer) -> str:
-    if answer.place is None:
-        return "a rule that could not be read"
-    place = answer.place
-    who = writer(place.table, place.chain, place.step.text)
-    by = "" if who == UNKNOWN else f" (written by {who})"
-    where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
-    return f"{place}{by}: {place.step.text}{where}"
-
-
 def document(found: Iterable[Suspects]) -> list[dict[str, Any]]:
     """The same as JSON."""
     return [
         {
             "family": one.desired.family.value,
             "none": one.none,
-            "rules": [_rule(answer) for answer in one.rules],
+            "rules": [told(answer) for answer in one.rules],
             "before_guard": [str(hook) for hook in one.earlier],
             "unknown": list(one.unknown),
         }

@@ -8,13 +8,15 @@ _snatd() {
         --proto) mapfile -t COMPREPLY < <(compgen -W "tcp udp icmp" -- "$word"); return ;;
         --out) mapfile -t COMPREPLY < <(cd /sys/class/net && compgen -f -- "$word"); return ;;
         --confirm | --mark | --dport) return ;;
+        --watch) [[ $word == -* ]] || return ;;
     esac
     if ((COMP_CWORD == 1)); then
         options="run check apply confirm status save revert flows verify explain doctor --help --version"
     else
         case ${COMP_WORDS[1]} in
             run) options="--help --config" ;;
-            check | confirm | status | revert | verify | doctor) options="--help --config --json" ;;
+            check | confirm | revert | verify | doctor) options="--help --config --json" ;;
+            status) options="--help --config --json --watch" ;;
             apply) options="--help --config --json --confirm" ;;
             save) options="--help --config --json --dry-run --full --without-dynamic" ;;
             flows) options="--help --config --json --delete" ;;

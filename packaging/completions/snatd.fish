@@ -19,6 +19,7 @@ complete -c snatd -n __fish_use_subcommand -a explain -d 'Say who would rewrite 
 complete -c snatd -n '__fish_seen_subcommand_from run check apply confirm status save revert flows verify explain doctor' -l config -r -F -d 'Configuration file'
 complete -c snatd -n '__fish_seen_subcommand_from check apply confirm status save revert flows verify explain doctor' -l json -d 'One JSON object'
 complete -c snatd -n '__fish_seen_subcommand_from apply' -l confirm -x -d 'Put everything back unless confirmed'
+complete -c snatd -n '__fish_seen_subcommand_from status' -l watch -d 'Go on showing it, looking every so many seconds'
 complete -c snatd -n '__fish_seen_subcommand_from save' -l dry-run -d 'Only show what would change'
 complete -c snatd -n '__fish_seen_subcommand_from save' -l full -d 'Save all live rules'
 complete -c snatd -n '__fish_seen_subcommand_from save' -l without-dynamic -d 'Leave out the chains of Docker, Kubernetes and CNI'

@@ -24,7 +24,8 @@ if (( CURRENT == 2 )); then
 fi
 case $words[2] in
     run) _arguments ':command:' $common ;;
-    check|confirm|status|revert|verify|doctor) _arguments ':command:' $common '--json[one JSON object]' ;;
+    check|confirm|revert|verify|doctor) _arguments ':command:' $common '--json[one JSON object]' ;;
+    status) _arguments ':command:' $common '--json[one JSON object]' '--watch[go on showing it]::seconds:' ;;
     apply) _arguments ':command:' $common '--json[one JSON object]' '--confirm[put everything back unless confirmed]:seconds:' ;;
     save) _arguments ':command:' $common '--json[one JSON object]' '--dry-run[only show it]' '--full[save all live rules]' '--without-dynamic[leave out the chains of Docker, Kubernetes and CNI]' ;;
     flows) _arguments ':command:' $common '--json[one JSON object]' '--delete[delete these]:which:(udp all)' ;;

@@ -17,7 +17,8 @@ class Severity(enum.Enum):
 @dataclass(frozen=True)
 class Finding:
     """`name`: what kind of finding, in words that never change. `evidence`: the very lines, files
-    or values. `remedy`: commands that mend it, or a sentence where no command can."""
+    or values. `remedy`: what a shell takes: commands that mend it, and comments (`# ...`) where no
+    command can."""
 
     name: str
     severity: Severity

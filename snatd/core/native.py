@@ -15,6 +15,7 @@ from snatd.core.packet import (
     LOSE_MARK,
     PROTOCOLS,
     Action,
+    CameRight,
     Check,
     Device,
     Field,
@@ -28,6 +29,7 @@ from snatd.core.packet import (
     SetMark,
     Snat,
     Step,
+    Test,
     Unknown,
     Verdict,
     Within,
@@ -44,6 +46,7 @@ _FIELDS = {
 _PAYLOADS = {"ip": Family.V4, "ip6": Family.V6}
 _NFPROTO = {"ipv4": Family.V4, "ipv6": Family.V6, "ip": Family.V4, "ip6": Family.V6}
 _NO_EFFECT = {"counter", "log", "notrack", "xt match comment", "last"}
+_NO_EFFECT |= {"flow", "ct helper", "ct timeout", "ct expectation", "secmark", "dup"}
 # Statements that stop the rule in some cases.
 _MAY_STOP = {"limit", "quota", "ct count", "set", "xt match"}
 
@@ -174,7 +177,7 @@ class _Compiler:
             return (Snat(None) if value["name"] == "SNAT" else LOSE_MARK,)
         if kind == "mangle" and value["key"] == {"meta": {"key": "mark"}}:
             return (_mark(value["value"]),)
-        if kind == "mangle" and value["key"].keys() <= {"meta", "ct"}:
+        if kind == "mangle" and _leaves_what_is_known(value["key"]):
             return ()
         if kind == "snat" and _NFPROTO.get(value.get("family"), self.family) is not self.family:
             # In an inet table a translation of one family passes packets of the other on.
@@ -198,8 +201,14 @@ class _Compiler:
         values = self._values(right)
         if operator not in ("==", "!=", "in"):
             raise _Unnamed
-        if kind == "ct" and key["key"] == "state":
+        if kind == "ct" and key["key"] in ("state", "status"):
             yield Check(self.text, connection_state(values), negated)
+            return
+        if kind == "fib" and key["result"] in ("oif", "oifname") and "saddr" in key["flags"]:
+            # `exists` is true in JSON; `missing` is false or device 0.
+            if "iif" not in key["flags"] or values not in ([True], [False], ["0"]):
+                raise _Unnamed
+            yield Check(self.text, CameRight(), negated == (values == [True]))
             return
         if operator == "in":
             raise _Unnamed
@@ -208,9 +217,7 @@ class _Compiler:
             return
         yield Check(self.text, self._what(kind, key, values), negated)
 
-    def _what(
-        self, kind: str, key: Any, values: list[Any]
-    ) -> Within | Device | Marked | OfType | bool:
+    def _what(self, kind: str, key: Any, values: list[Any]) -> Test | bool:
         match kind, key:
             case "meta", {"key": "oifname" | "oif" | "iifname" | "iif" as device}:
                 if any(not isinstance(one, str) or "\\" in one for one in values):
@@ -266,8 +273,16 @@ class _Compiler:
         ]
 
 
+def _leaves_what_is_known(key: Mapping[str, Any]) -> bool:
+    """Whether nothing that a packet is described by is changed with this."""
+    field = key.get("payload", {}).get("field")
+    return key.keys() <= {"meta", "ct", "tcp option"} or field in ("dscp", "ecn", "ttl", "hoplimit")
+
+
 def _verdict(kind: str, value: Any) -> Action:
     match kind, value:
+        case "reject", _:
+            return Verdict.DROP
         case "accept" | "drop" | "return", _:
             return Verdict(kind)
         case "jump" | "goto", {"target": chain}:

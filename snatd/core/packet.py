@@ -1,7 +1,7 @@
 """A packet, or a class of packets, and the small language that iptables and nft rules become.
 
 Three-valued: a test is None where it holds for a part of the class only, or cannot be decided.
-Every packet meant here opens a connection that no helper expected: nat chains see no other.
+A packet opens a connection that no helper expected (nat chains see no other), or answers one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
 ALL_BITS = 0xFFFFFFFF
+NEW, ESTABLISHED = "new", "established"
+_STATES = {NEW, ESTABLISHED, "related", "invalid", "untracked"}
+_TRANSLATED = {"dnat", "snat"}
 
 PROTOCOLS = {
     **{"icmp": 1, "igmp": 2, "ipencap": 4, "tcp": 6, "udp": 17, "dccp": 33, "ipv6": 41, "gre": 47},
@@ -77,7 +80,9 @@ class Field(enum.Enum):
 @dataclass(frozen=True)
 class Packet:
     """What is known of a packet; None is unknown. `not_out`: devices that it certainly does not
-    leave by. `came_in`: empty for a packet of the node's own. `types`: see address_types."""
+    leave by. `came_in`: empty for a packet of the node's own. `types`: see address_types.
+    `state`: of its connection. `untranslated`: whether that has no NAT. `came_right`: whether the
+    route back to its source leaves by the device that it came in by."""
 
     family: Family
     source: Ranges
@@ -90,6 +95,9 @@ class Packet:
     sport: int | None = None
     dport: int | None = None
     types: tuple[tuple[str, Ranges], ...] = ()
+    state: str = NEW
+    untranslated: bool = False
+    came_right: bool | None = None
 
     def known(self, field: Field) -> Ranges | None:
         value = getattr(self, field.value)
@@ -150,11 +158,34 @@ class OfType:
 
 
 @dataclass(frozen=True)
+class InState:
+    """Of a connection, whose translation is one of its states to iptables."""
+
+    states: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Of TCP: those of `among` that are set are these."""
+
+    among: frozenset[str]
+    set: frozenset[str]
+
+
+@dataclass(frozen=True)
+class CameRight:
+    """Asked by rpfilter and nft's fib: that the route back leaves by the device it came in by."""
+
+
+Test = Within | Device | Marked | OfType | InState | Flags | CameRight
+
+
+@dataclass(frozen=True)
 class Check:
     """`what` may also be plainly true or false; None cannot be decided. `text` is the rule's."""
 
     text: str
-    what: Within | Device | Marked | OfType | bool | None
+    what: Test | bool | None
     negated: bool = False
 
 
@@ -163,10 +194,16 @@ def holds(test: Check, packet: Packet, mark: Mark) -> bool | None:
     return found if found is None else found != test.negated
 
 
-def _found(
-    what: Within | Device | Marked | OfType | bool | None, packet: Packet, mark: Mark
-) -> bool | None:
+def _found(what: Test | bool | None, packet: Packet, mark: Mark) -> bool | None:
     match what:
+        case InState(states):
+            return _in_state(states, packet)
+        case Flags(among, flags) if packet.protocol == PROTOCOLS["tcp"] and packet.state == NEW:
+            return {"SYN"} & among == flags
+        case Flags():
+            return None
+        case CameRight():
+            return packet.came_right
         case Within(field, ranges):
             return covered(packet.known(field), ranges)
         case Device(out, names):
@@ -188,6 +225,13 @@ def _found(
             return True if True in answers else None if None in answers else False
         case _:
             return what
+
+
+def _in_state(states: frozenset[str], packet: Packet) -> bool | None:
+    if packet.state in states:
+        return True
+    known = _STATES | (_TRANSLATED if packet.untranslated else set())
+    return False if states <= known else None
 
 
 def _device(
@@ -272,13 +316,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Hook:
-    """A base chain on nat postrouting, and the chains that can be reached from it."""
+    """A base chain and the chains that can be reached from it. `hook`: where the kernel asks it."""
 
     table: str
     chain: str
     priority: int
     chains: Mapping[str, tuple[Step, ...]]
     drops: bool = False
+    hook: str = "postrouting"
 
     def __str__(self) -> str:
         return f"{self.table} {self.chain} (priority {self.priority})"

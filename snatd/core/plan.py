@@ -161,6 +161,23 @@ def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired) -> _Kind:
         return _Owned(
             owned_shape(rule.text, spec, ruleset), None if spec.source_negated else spec.source
         )
+    return _kind_of_anothers(rule.text, spec, wanted)
+
+
+def unwritable(wanted: Desired, ruleset: Ruleset) -> tuple[int, ...]:
+    """The numbers of broad rules that stay, since no restore could name them: with a comment over
+    two lines, or an interface with a quote in its name."""
+    found = []
+    for number, rule in enumerate(ruleset.postrouting, 1):
+        if str(wanted.subnet) in rule.text and _kind(rule, ruleset, wanted) is None:
+            with suppress(RuleError):
+                spec = parse(rule.text, any_device=True)
+                if isinstance(_kind_of_anothers(rule.text, spec, wanted), _Broad):
+                    found.append(number)
+    return tuple(found)
+
+
+def _kind_of_anothers(text: str, spec: Spec, wanted: Desired) -> _Broad | _HandMade | None:
     target = spec.target
     if (
         spec.source != wanted.subnet
@@ -171,7 +188,7 @@ def _kind(rule: Rule, ruleset: Ruleset, wanted: Desired) -> _Kind:
         or target.name not in SNAT_TARGETS
     ):
         return None
-    shape = Shape(spec.out, target, (POSTROUTING, rule.text))
+    shape = Shape(spec.out, target, (POSTROUTING, text))
     if spec.destination is None:
         return _Broad(shape)
     if not spec.destination_negated:

@@ -143,8 +143,9 @@ def _string_end(text: str, start: int, end: int) -> int:
     raise RuleError(f"a string is not closed: {text[start : start + 60]!r}")
 
 
-def parse(text: str) -> Spec:
-    """The meaning of a rule's text. Raises RuleError where it cannot be told for certain."""
+def parse(text: str, *, any_device: bool = False) -> Spec:
+    """The meaning of a rule's text. Raises RuleError where it cannot be told for certain, and
+    without `any_device` where no restore could name it."""
     words = list(tokens(text))
     fields: dict[str, object] = {}
     others: list[str] = []
@@ -176,7 +177,7 @@ def parse(text: str) -> Spec:
                 once("destination", _network(take().value))
                 fields["destination_negated"] = negated
             case "-o":
-                once("out", Match(_device(take().value), negated))
+                once("out", Match(_device(take().value, any_device), negated))
             case "-m" if position < len(words) and words[position].raw == "comment":
                 take()
             case "--comment":
@@ -204,17 +205,17 @@ def _opens_option(token: Token) -> bool:
     return not token.quoted and (token.raw == "!" or token.raw.startswith("-"))
 
 
+def _device(value: str, any_device: bool) -> str:
+    if not (any_device or _DEVICE.match(value)):
+        raise RuleError(f"{value!r} is an interface that a restore could not name")
+    return value
+
+
 def _network(value: str) -> Network:
     try:
         return network(value)
     except ValueError as error:
         raise RuleError(f"{value!r} is not a network: {error}") from None
-
-
-def _device(value: str) -> str:
-    if not _DEVICE.match(value):
-        raise RuleError(f"{value!r} is an interface that a restore could not name")
-    return value
 
 
 def parse_listing(output: str, chain: str) -> tuple[Rule, ...]:

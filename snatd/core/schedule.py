@@ -56,6 +56,10 @@ class Schedule:
     def fighting(self) -> bool:
         return self.lost_rounds > 0
 
+    def rested(self, now_s: float) -> bool:
+        """Whether all free repairs are there: what is repaired now is the first in a row."""
+        return not self.fighting and self.repairs.level(now_s) >= self.repairs.size
+
     def event(self) -> Schedule:
         """Something may have changed: look."""
         return replace(self, asked=True)

@@ -1,4 +1,4 @@
-"""Who would SNAT this packet? Walks the nat postrouting chains as the kernel does.
+"""Who would SNAT this packet, or drop it? Walks base chains as the kernel does.
 
 The first binding wins, one to the own address too; accept and return end only their base chain.
 Where a test cannot be decided both ways are followed, as sets of marks and not as a tree, so a
@@ -44,6 +44,9 @@ _MOST_MARKS = 16
 _MOST_REASONS, _MOST_ORDERED = 4, 4
 # nft refuses more than 16 jumps into each other; legacy chains may lie deeper.
 _DEEPEST = 64
+
+# In the order in which a packet meets them.
+_HOOKS = ("prerouting", "input", "forward", "postrouting")
 
 Why = tuple[str, ...]
 GUARD_TABLE, GUARD_PRIORITY = "snatd", -199
@@ -148,8 +151,8 @@ def trace(
     return Trace(tuple(answers), tuple(ways))
 
 
-def _priority(hook: Hook) -> int:
-    return hook.priority
+def _priority(hook: Hook) -> tuple[int, int]:
+    return _HOOKS.index(hook.hook), hook.priority
 
 
 _Ended = dict[_Outcome, Why]
@@ -428,8 +431,8 @@ def _rewriters(hooks: Sequence[Hook], packet: Packet) -> tuple[Answer, ...]:
 
 def before_guard(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
     """Other programs' nat chains that are asked before the guard, or may be."""
-    return tuple(
-        one
-        for one in hooks
-        if one.priority <= GUARD_PRIORITY and one.table.partition(" ")[2] != GUARD_TABLE
-    )
+    return tuple(one for one in without_guard(hooks) if one.priority <= GUARD_PRIORITY)
+
+
+def without_guard(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    return tuple(one for one in hooks if one.table.partition(" ")[2] != GUARD_TABLE)

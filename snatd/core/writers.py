@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from snatd.core.model import join
+from snatd.core.trace import Answer
+
 _TABLES = {
     "snatd": "snatd",
     "docker-bridges": "Docker",
@@ -13,6 +16,8 @@ _TABLES = {
     "firewalld": "firewalld",
     "io.systemd.nat": "systemd-networkd",
     "kube-proxy": "kube-proxy",
+    "flannel-ipv4": "flannel",
+    "flannel-ipv6": "flannel",
 }
 _CHAINS = (
     ("SNATD-", "snatd"),
@@ -32,6 +37,7 @@ _RULES = (
     (re.compile(r'--comment "flanneld masq"'), "flannel"),
     (re.compile(r'--comment "name: \\"'), "CNI bridge"),
     (re.compile(rf"-s \S+ ! -o {_BRIDGE} -j (MASQUERADE|SNAT)( |$)"), "Docker"),
+    (re.compile(rf"-d \S+ ! -i {_BRIDGE} (-p .*)?-j DROP$"), "Docker"),
     (re.compile(rf"-o {_BRIDGE} -m addrtype --src-type LOCAL -j MASQUERADE$"), "Docker"),
     (re.compile(r"-s (\S+) -d \1 -p \w+ -m \w+ --dport \d+ -j MASQUERADE$"), "Docker"),
     (re.compile(r"-s (\S+) ! -d \1 -j MASQUERADE$"), "Docker"),
@@ -50,3 +56,14 @@ def writer(table: str, chain: str, text: str) -> str:
             if candidate.startswith(beginning):
                 return who
     return next((who for shape, who in _RULES if shape.search(text)), UNKNOWN)
+
+
+def told(answer: Answer) -> str:
+    """The rule that decides, with its place, its writer and what it depends on."""
+    if answer.place is None:
+        return "a rule that could not be read"
+    place = answer.place
+    who = writer(place.table, place.chain, place.step.text)
+    by = "" if who == UNKNOWN else f" (written by {who})"
+    where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
+    return f"{place}{by}: {place.step.text}{where}"

@@ -15,9 +15,12 @@ from snatd.core.packet import (
     LOSE_MARK,
     PROTOCOLS,
     Action,
+    CameRight,
     Check,
     Device,
     Field,
+    Flags,
+    InState,
     Jump,
     Marked,
     Masquerade,
@@ -27,6 +30,7 @@ from snatd.core.packet import (
     SetMark,
     Snat,
     Step,
+    Test,
     Unknown,
     Verdict,
     Within,
@@ -35,8 +39,12 @@ from snatd.core.packet import (
 )
 from snatd.core.rules import Spec, Target, parse, tokens
 
-# They leave the packet as it is and let it go on.
-_PASSING = {"LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "LED", "RATEEST", "ACCOUNT", "SECMARK"}
+# They leave what is known of the packet as it is and let it go on.
+_PASSING = {
+    *("LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "LED", "RATEEST", "ACCOUNT", "SECMARK", "TCPMSS"),
+    *("CONNSECMARK", "DSCP", "TOS", "ECN", "TTL", "HL", "CLASSIFY", "CHECKSUM", "SET", "IDLETIMER"),
+    *("TCPOPTSTRIP", "FLOWOFFLOAD"),
+}
 _PORTS = {"tcp", "udp", "udplite", "sctp", "dccp", "multiport"}
 # Matches whose options each say something of their own; of any other all options go together.
 _OPTIONS_APART = _PORTS | {"mark", "comment"}
@@ -81,10 +89,8 @@ def _checks(spec: Spec) -> Iterator[Check]:
                 f"{'! ' * negated}{option} {prefix}", Within(side, addresses((prefix,))), negated
             )
     if spec.out is not None:
-        name = spec.out.value
-        pattern = f"{name[:-1]}*" if name.endswith("+") else name
-        text = f"{'! ' * spec.out.negated}-o {name}"
-        yield Check(text, Device(True, (pattern,)), spec.out.negated)
+        text = f"{'! ' * spec.out.negated}-o {spec.out.value}"
+        yield Check(text, Device(True, (_pattern(spec.out.value),)), spec.out.negated)
     for module, options in _modules(spec.others):
         if module in _OPTIONS_APART:
             for option in options:
@@ -94,6 +100,9 @@ def _checks(spec: Spec) -> Iterator[Check]:
         elif module == "addrtype" and not any("limit-iface" in one for one in options):
             for option in options:
                 yield _check(f"-m addrtype {option}", module, option)
+        elif module == "rpfilter":
+            text = " ".join((f"-m {module}", *options))
+            yield Check(text, CameRight(), "--invert" in options)
         else:
             text = " ".join((f"-m {module}", *options))
             yield _check(text, module, options[0] if len(options) == 1 else "")
@@ -122,14 +131,22 @@ def _check(text: str, module: str, option: str) -> Check:
     words = words[negated:]
     try:
         what = _what(module, words[0], words[1]) if len(words) == 2 else None
+        if len(words) == 3 and words[0] == "--tcp-flags":
+            what = Flags(*(frozenset(one.split(",")) - {"NONE"} for one in words[1:]))
     except ValueError:
         what = None
     return Check(text, True if module == "comment" else what, negated and module != "comment")
 
 
-def _what(module: str, option: str, value: str) -> Within | Marked | OfType | bool | None:
+def _pattern(name: str) -> str:
+    return f"{name[:-1]}*" if name.endswith("+") else name
+
+
+def _what(module: str, option: str, value: str) -> Test | None:
     """Raises ValueError where a value is not of the kind that its option wants."""
     match module, option.lstrip("-"):
+        case "-p", "i":
+            return Device(False, (_pattern(value),))
         case _, "p":
             return Within(Field.PROTOCOL, _protocol(value))
         case _, "dport" | "dports" if module in _PORTS:
@@ -147,12 +164,9 @@ def _what(module: str, option: str, value: str) -> Within | Marked | OfType | bo
     return None
 
 
-def connection_state(states: Collection[str]) -> bool | None:
-    """A packet that opens a connection is new; other than its state nothing is known."""
-    names = {one.lower() for one in states}
-    if "new" in names:
-        return True
-    return False if names <= {"established", "related", "invalid", "untracked"} else None
+def connection_state(states: Collection[str]) -> InState:
+    """By iptables' names or nft's."""
+    return InState(frozenset(one.lower() for one in states))
 
 
 def _protocol(name: str) -> Ranges:
@@ -173,6 +187,10 @@ def _action(target: Target, chains: Collection[str]) -> Action | None:
     match target.name:
         case "ACCEPT" | "RETURN" | "DROP":
             return Verdict(target.name.lower())
+        case "REJECT":
+            return Verdict.DROP
+        case "CT" if not {"--notrack", "--zone", "--zone-orig"} & set(words):
+            return None
         case "MASQUERADE":
             return Masquerade()
         case "SNAT" if words.count("--to-source") == 1:

@@ -84,6 +84,18 @@ def confirm(runtime_dir: Path) -> bool:
             return False
 
 
+def decline(pid: str) -> bool:
+    """Tells the `apply --confirm` that is this process no, and that it shall put everything back
+    at once; False where the process is something else."""
+    try:
+        if b"--confirm" not in Path(f"/proc/{int(pid)}/cmdline").read_bytes():
+            return False
+        os.kill(int(pid), signal.SIGTERM)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _key() -> bool:
     try:
         return bool(os.read(0, 1))

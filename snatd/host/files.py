@@ -58,6 +58,18 @@ def open_regular(path: Path) -> int | None:
     return None
 
 
+def read_bounded(path: Path, largest_bytes: int) -> bytes:
+    """A file's content. Never blocks. Raises OSError, FileRefused."""
+    descriptor = open_regular(path)
+    if descriptor is None:
+        raise FileRefused("not a regular file")
+    with open(descriptor, "rb") as file:
+        content = file.read(largest_bytes + 1)
+    if len(content) > largest_bytes:
+        raise FileRefused(f"larger than {largest_bytes >> 10} KiB")
+    return content
+
+
 def read_original(path: Path, largest_bytes: int) -> Original:
     """A file behind whatever symlinks. Raises OSError, FileRefused."""
     real = Path(os.path.realpath(path))
@@ -97,11 +109,7 @@ def write_whole(
     attributes. If the path is that file's own, it is replaced only if it is still as it was read,
     else FileChanged is raised; if it is another, a file that is there already stays.
     """
-    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    descriptor = os.open(temporary, flags, 0o600 if like else mode)
+    temporary, descriptor = _open_temporary(path, 0o600 if like else mode)
     try:
         with open(descriptor, "wb") as file:
             if like is None:
@@ -123,6 +131,22 @@ def write_whole(
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _open_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside the one that it will replace. Raises OSError."""
+    temporary = path.with_name(f"{_temporary_prefix(path)}{os.getpid()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    return temporary, os.open(temporary, flags, mode)
+
+
+def try_out(path: Path) -> None:
+    """Raises OSError where `write_whole` can make no file; leaves what is there as it is."""
+    temporary, descriptor = _open_temporary(path, 0o600)
+    os.close(descriptor)
+    temporary.unlink()
 
 
 def _put(temporary: Path, path: Path, like: Original | None) -> None:

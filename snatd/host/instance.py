@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from snatd.core import locks
 from snatd.core.errors import ConfigError
 
 
@@ -15,13 +16,29 @@ class AlreadyRunning(Exception):
 
     def __init__(self, pid: str, path: Path) -> None:
         super().__init__(f"snatd is already running as pid {pid} (it holds {path})")
+        self.pid = pid
+
+
+def holder(runtime_dir: Path) -> int | None:
+    """The pid of who holds the lock, asked of /proc/locks: taking it, even for an instant, would
+    keep a daemon from starting. None where nobody does, or nobody who is to be seen from here."""
+    try:
+        file = _path_in(runtime_dir).stat()
+        text = Path("/proc/locks").read_text()
+    except OSError:
+        return None
+    return locks.holder(text, (os.major(file.st_dev), os.minor(file.st_dev)), file.st_ino)
+
+
+def _path_in(runtime_dir: Path) -> Path:
+    return runtime_dir / "snatd.lock"
 
 
 class Instance:
     """The lock, held from `take` to the end of the process (the kernel releases it)."""
 
     def __init__(self, runtime_dir: Path) -> None:
-        self.path = runtime_dir / "snatd.lock"
+        self.path = _path_in(runtime_dir)
         self._descriptor: int | None = None
 
     def take(self) -> None:

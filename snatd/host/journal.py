@@ -21,8 +21,17 @@ _SOCKET = "/run/systemd/journal/socket"
 NOTICE = 5
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-# Larger datagrams need a memory file descriptor; nothing here is worth one.
+# Larger datagrams need a memory file descriptor; nothing here is worth one. And journald throws an
+# entry of more than 1024 fields away.
 _LONGEST_FIELD_BYTES = 8192
+_MOST_COPIES = 100
+
+# What may be there several times or not at all, and what the catalog then shows of it: journalctl
+# puts in one copy of a field, and the name of one that is not there.
+_ABSENT = {
+    **dict.fromkeys(("what", "why", "was", "removed", "added", "rule"), "none"),
+    "writer": "not known",
+}
 
 Event = MutableMapping[str, Any]
 
@@ -35,8 +44,8 @@ def configure(log_format: str, level: str) -> None:
         log_format = "journal" if _stderr_is_the_journal() else "console"
     renderers: dict[str, tuple[list[Any], Callable[[str], None]]] = {
         "journal": ([_native], _send),
-        "json": ([_time(), _without_priority, structlog.processors.JSONRenderer()], _write),
-        "console": ([_time(), _without_priority, _console()], _write),
+        "json": ([_time(), _for_text, structlog.processors.JSONRenderer()], _write),
+        "console": ([_time(), _for_text, _console()], _write),
     }
     processors, write = renderers[log_format]
     structlog.configure(
@@ -75,11 +84,11 @@ def _console() -> Any:
 
 def _plain(_: Any, __: str, event: Event) -> Event:
     """Values as text and numbers. A name somebody chose may hold any byte; here it is escaped."""
-    return {key: _escaped(value) for key, value in event.items() if value is not None}
+    return {key: _escaped(value) for key, value in event.items()}
 
 
 def _escaped(value: Any) -> Any:
-    if isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple):
         return [_escaped(one) for one in value]
@@ -89,14 +98,23 @@ def _escaped(value: Any) -> Any:
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def _without_priority(_: Any, __: str, event: Event) -> Event:
-    event.pop("priority", None)
-    return event
+def _for_text(_: Any, __: str, event: Event) -> Event:
+    return {key: value for key, value in event.items() if key != "priority" and value is not None}
 
 
 def _native(_: Any, __: str, event: Event) -> str:
-    """The journal's native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL), as text for `_send`."""
+    """The journal's native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL), as text for `_send`.
+
+    A field may be there several times, so that a search for any of its values finds it.
+    SNATD_*_TEXT is for the catalog: always there, and all of it in one line.
+    """
     name, level = event.pop("event"), event.pop("level")
+    texts = {
+        f"{key}_text": absent if event[key] is None else event[key]
+        for key, absent in _ABSENT.items()
+        if key in event
+    }
+    event = {key: value for key, value in event.items() if value is not None}
     fields = {
         "MESSAGE": f"{name}: {_sentence(event)}" if event else name,
         "PRIORITY": str(event.pop("priority", _PRIORITIES[level])),
@@ -109,9 +127,9 @@ def _native(_: Any, __: str, event: Event) -> str:
         event["duration_usec"] = round(duration_ms * 1000)
     lines = [f"{key}={value}" for key, value in fields.items()]
     for key, value in event.items():
-        # A field may be there several times, so that a search for any of its values finds it.
-        for one in value if isinstance(value, list) else (value,):
+        for one in value[:_MOST_COPIES] if isinstance(value, list) else (value,):
             lines.append(f"SNATD_{key.upper()}={_text(one)}")
+    lines += [f"SNATD_{key.upper()}={_text(value)}" for key, value in texts.items()]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -131,6 +149,8 @@ def _sentence(event: Event) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
     text = " | ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text[:_LONGEST_FIELD_BYTES]
 

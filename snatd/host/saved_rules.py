@@ -141,5 +141,19 @@ def rewrite(
     return outcome(State.WRITTEN, edited=edited)
 
 
+def drop_backup(path: Path) -> Path | None:
+    """Removes the backup of a file that is again what it was, byte for byte. The path of one that
+    stays. Raises nothing."""
+    real = Path(os.path.realpath(path))
+    backup = _backup(real)
+    try:
+        then = files.read_original(backup, LARGEST_FILE_BYTES)
+        if files.read_original(real, LARGEST_FILE_BYTES).content == then.content:
+            backup.unlink()
+    except (OSError, files.FileRefused):
+        pass
+    return backup if os.path.lexists(backup) else None
+
+
 def _backup(path: Path) -> Path:
     return path.with_name(f"{path.name}{BACKUP_SUFFIX}")

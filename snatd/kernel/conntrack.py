@@ -15,18 +15,17 @@ import socket
 import subprocess
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-
-from pyroute2 import NFCTSocket
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
 from snatd.core.flows import Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
 from snatd.core.model import Address, Family
+from snatd.core.routes import Peer, best, peer
+from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple, NFCTSocket
 from snatd.kernel.tools import Tools, check_exit
 
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
@@ -171,13 +170,7 @@ class Sweep:
 
     def _check_end(self) -> None:
         """Raises BackendFailed where the child did not end well: its list may be cut."""
-        assert self._child.stderr is not None
-        try:
-            returncode = self._child.wait(_LAST_WORDS_S)
-        except subprocess.TimeoutExpired:
-            raise BackendBusy(f"`{' '.join(self._argv)}` does not end") from None
-        os.set_blocking(self._child.stderr.fileno(), False)
-        check_exit(self._argv, returncode, self._child.stderr.read(4096) or b"")
+        _check_end(self._argv, self._child)
         if self._rest:
             raise BackendFailed(f"`{' '.join(self._argv)}` ended in the middle of a line")
 
@@ -208,6 +201,51 @@ def list_command(desired: Desired, *, every: bool) -> list[str]:
     only = [] if every else ["--src-nat"]
     subnet = str(desired.subnet)
     return ["conntrack", "-L", "-f", desired.family.value, *only, "-s", subnet, *into, "-o", "id"]
+
+
+def read_peers(desired: Desired, tools: Tools, limit_s: float) -> tuple[Peer, ...]:
+    """With whom containers have connections, from the subnet into the networks and from anywhere to
+    the subnet. Reads for the limit at most, and then gives what it has. Raises as Sweep does."""
+    found: dict[Address, Peer] = {}
+    ends_s = time.monotonic() + limit_s
+    to_us = ["conntrack", "-L", "-f", desired.family.value, "-d", str(desired.subnet), "-o", "id"]
+    for outbound, argv in ((True, list_command(desired, every=True)), (False, to_us)):
+        for line in _lines(argv, tools, ends_s):
+            try:
+                one = peer(line.decode("ascii", "backslashreplace"), outbound=outbound)
+            except ValueError as error:
+                raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None
+            if one is not None:
+                found[one.address] = best(found.get(one.address), one)
+    return tuple(found.values())
+
+
+def _lines(argv: list[str], tools: Tools, ends_s: float) -> Iterator[bytes]:
+    """What a tool prints until then, without a last line that may be cut."""
+    child = tools.start(argv)
+    try:
+        assert child.stdout is not None
+        rest = b""
+        while select.select([child.stdout], [], [], max(0.0, ends_s - time.monotonic()))[0]:
+            chunk = os.read(child.stdout.fileno(), _CHUNK_SIZE)
+            if not chunk:
+                _check_end(argv, child)
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+    finally:
+        tools.end(child)
+
+
+def _check_end(argv: list[str], child: subprocess.Popen[bytes]) -> None:
+    """Raises BackendFailed where a child whose output ended did not end well: it may be cut."""
+    assert child.stderr is not None
+    try:
+        returncode = child.wait(_LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        raise BackendBusy(f"`{' '.join(argv)}` does not end") from None
+    os.set_blocking(child.stderr.fileno(), False)
+    check_exit(argv, returncode, child.stderr.read(4096) or b"")
 
 
 class Entries:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from snatd.core.model import Family
+from snatd.core.model import Backend, Family
 from snatd.kernel import origin, peek
 
 _NETLINK_NETFILTER = 12
@@ -40,13 +40,34 @@ class Writer:
     def __str__(self) -> str:
         return f"{self.comm} (pid {self.pid})" + (f" of {self.of}" if self.of else "")
 
+    @property
+    def program(self) -> str:
+        """The same without what is another each time: pids, and the units that systemd names by
+        itself for a login, a container or a `systemd-run`."""
+        service = self.of and self.of.endswith(".service") and not self.of.startswith("run-")
+        return f"{self.comm} of {self.of}" if service else self.comm
+
+
+Tables = frozenset[tuple[Family, Backend]]
+
 
 @dataclass(frozen=True)
 class Event:
-    """Look again, because of `source`."""
+    """Look again, because of `source`. `wrote`: where the writer changed rules that a repair may
+    be about; empty where what it wrote is only a reason to look. `overflow`: messages were lost,
+    of whoever."""
 
     source: str
     writer: Writer | None = None
+    wrote: Tables = frozenset()
+    overflow: bool = False
+
+
+def who_wrote(
+    writers: Mapping[Writer, Tables], family: Family, backend: Backend
+) -> tuple[Writer, ...]:
+    """Those who may have caused a repair. Nobody for legacy tables, whose writers are not named."""
+    return tuple(writer for writer, wrote in writers.items() if (family, backend) in wrote)
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
@@ -76,14 +97,27 @@ _GENERATION = re.compile(
 )
 
 
+_NFNL_SUBSYS_NFTABLES = 10
+_NEWRULE, _DELRULE = 6, 8
+_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN = 1, 2  # of every message the first one is the table's name
+_FAMILIES = {int(socket.AF_INET): Family.V4, int(socket.AF_INET6): Family.V6}
+# A netlink port is the pid of its process, as that counts; where somebody has the number already,
+# one from here on (netlink_autobind).
+_NO_PID = 1 << 31
+
+
 class NftEar:
-    """Commits to nf_tables that may concern us, each with its writer. Our own are left out."""
+    """Commits to nf_tables that may concern us, each with its writer.
+
+    Our own are left out where pids are what the kernel names, and never have a writer.
+    """
 
     source = "nft"
 
     def __init__(self, own_pids: Collection[int]) -> None:
         self._own_pids = own_pids
-        self._pending = False
+        self._nested = not origin.pids_are_the_kernels()
+        self._pending: Tables | None = None
         self._socket = _listen(_NETLINK_NETFILTER, (_NFNLGRP_NFTABLES,))
 
     def fileno(self) -> int:
@@ -96,20 +130,51 @@ class NftEar:
         """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
         for datagram in _datagrams(self._socket):
             if datagram is None:
-                yield Event(self.source)
+                # What was being heard has lost its end, and the next end is another's.
+                self._pending = None
+                yield Event(self.source, overflow=True)
             else:
                 yield from self._heard(datagram)
 
     def _heard(self, datagram: bytes) -> Iterator[Event]:
-        self._pending = self._pending or _is_relevant(datagram)
+        if _is_relevant(datagram):
+            self._pending = (self._pending or frozenset()).union(_written(datagram))
         generation = _GENERATION.search(datagram)
         if generation is None:
             return
+        wrote, self._pending = self._pending, None
+        if wrote is None:
+            return
         pid, comm = int.from_bytes(generation[1], "big"), generation[2]
-        pending, self._pending = self._pending, False
-        if pending and pid not in self._own_pids:
-            # Now, while it lives: it has committed, and has its answer still to read.
-            yield Event(self.source, Writer(pid, _printable(comm), origin.of(pid, comm)))
+        (port,) = struct.unpack_from("=I", datagram, generation.start() + 8)
+        if not self._nested:
+            if pid not in self._own_pids:
+                yield Event(self.source, _writer(pid, pid, comm), wrote)
+        elif port in self._own_pids or port >= _NO_PID:
+            # Ours, or another's with the same pid in a namespace of his: so a look all the same.
+            yield Event(self.source)
+        else:
+            yield Event(self.source, _writer(pid, port, comm), wrote)
+
+
+def _writer(pid: int, local_pid: int, comm: bytes) -> Writer:
+    # Now, while it lives: it has committed, and has its answer still to read.
+    return Writer(pid, _printable(comm), origin.of(local_pid, comm))
+
+
+def _written(datagram: bytes) -> Iterator[tuple[Family, Backend]]:
+    """Where its messages change rules that a repair may be about."""
+    for kind, body in _messages(datagram):
+        if kind >> 8 != _NFNL_SUBSYS_NFTABLES or len(body) < 4 or body[0] not in _FAMILIES:
+            continue
+        attributes = body[4:]
+        table = _attribute_of(attributes, _NFTA_RULE_TABLE)
+        if table == b"snatd\0":
+            yield _FAMILIES[body[0]], Backend.GUARD
+        elif table == b"nat\0" and kind & 0xFF in (_NEWRULE, _DELRULE):
+            chain = _attribute_of(attributes, _NFTA_RULE_CHAIN)
+            if chain == b"POSTROUTING\0" or chain.startswith(b"SNATD-"):
+                yield _FAMILIES[body[0]], Backend.NFT
 
 
 def _is_relevant(datagram: bytes) -> bool:
@@ -146,8 +211,9 @@ class LinkEar:
     def events(self) -> Iterator[Event]:
         """Never blocks. An overflow is a look, nothing more. Raises OSError: open another ear."""
         for datagram in _datagrams(self._socket):
-            messages = () if datagram is None else _messages(datagram)
-            if datagram is None or any(self._concerns(kind, body) for kind, body in messages):
+            if datagram is None:
+                yield Event(self.source, overflow=True)
+            elif any(self._concerns(kind, body) for kind, body in _messages(datagram)):
                 yield Event(self.source)
 
     def _concerns(self, kind: int, body: bytes) -> bool:

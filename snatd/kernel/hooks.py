@@ -1,4 +1,5 @@
-"""Reads all that could rewrite a source on nat postrouting: legacy, iptables-nft, native nft.
+"""Reads the base chains of a kind, by default all that could rewrite a source on nat postrouting:
+legacy, iptables-nft, native nft.
 
 Creates no table and no chain. Does not decide what the rules do; that is `trace`.
 """
@@ -6,7 +7,7 @@ Creates no table and no chain. Does not decide what the rules do; that is `trace
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from snatd.core import native, xtables
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendFailed
-from snatd.core.model import POSTROUTING, Backend, Family
+from snatd.core.model import Backend, Family
 from snatd.core.packet import Hook, Step
 from snatd.kernel import peek
 from snatd.kernel.guard import is_dormant
@@ -25,33 +26,55 @@ from snatd.kernel.tools import Tools
 # 100 MiB of nft's memory for 20,000 native rules (nft 1.0.6; `list chains` 3 ms).
 _CHAINS_ONE_BY_ONE = 24
 _NFT_FAMILIES = {Family.V4: ("ip", "inet"), Family.V6: ("ip6", "inet")}
-_SRCNAT = 100
 
 _Chains = dict[str, tuple[Step, ...]]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Base chains of a type on a hook. `tables`: iptables' own there, with their priorities."""
+
+    type: str
+    hook: str
+    tables: Mapping[str, int]
+
+    @property
+    def chain(self) -> str:
+        """What iptables calls it."""
+        return self.hook.upper()
+
+
+_FILTERS = {"mangle": -150, "filter": 0, "security": 50}
+NAT = Kind("nat", "postrouting", {"nat": 100})
+PREROUTING = Kind("filter", "prerouting", {"raw": -300, "mangle": -150})
+INPUT, FORWARD = Kind("filter", "input", _FILTERS), Kind("filter", "forward", _FILTERS)
+
+
+@dataclass(frozen=True)
 class Hooks:
-    """One family's base chains on nat postrouting; `unread`: what could not be looked at, and so
-    is not among them."""
+    """One family's base chains of a kind; `unread`: what could not be looked at, and so is not
+    among them."""
 
     family: Family
     hooks: tuple[Hook, ...] = ()
     unread: tuple[str, ...] = ()
 
 
-def read_hooks(family: Family, tools: Tools, deadline: Deadline) -> Hooks:
+def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NAT) -> Hooks:
     """Takes 3 ms for each call of a tool: one for iptables' tables, two for each native chain.
     Raises what Tools.run does; a missing nft is not an error but `unread`."""
-    ip = _NFT_FAMILIES[family][0]
     hooks: list[Hook] = []
-    if peek.is_in_use(family):
-        hooks.append(_whole(f"legacy {ip} nat", family, Backend.LEGACY, tools, deadline))
+    legacy = peek.listed_tables(family)
+    for table in kind.tables:
+        if table in legacy and (kind is not NAT or peek.is_in_use(family)):
+            hooks.append(_whole(kind, table, family, Backend.LEGACY, tools, deadline))
     if tools.find("nft") is None:
         if tools.find(f"{family.command}-nft") is not None:
-            hooks.append(_whole(f"{ip} nat", family, Backend.NFT, tools, deadline))
-        lacking = "nft is not installed: nat tables that iptables does not show are not known"
-        return Hooks(family, tuple(hooks), (lacking,))
+            hooks += [
+                _whole(kind, one, family, Backend.NFT, tools, deadline) for one in kind.tables
+            ]
+        lacking = f"{kind.type} tables that iptables does not show are not known"
+        return Hooks(family, tuple(hooks), (f"nft is not installed: {lacking}",))
     with _known_shape():
         all_chains = [
             one["chain"]
@@ -61,7 +84,7 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline) -> Hooks:
         bases = [
             one
             for one in all_chains
-            if (one.get("type"), one.get("hook")) == ("nat", "postrouting")
+            if (one.get("type"), one.get("hook")) == (kind.type, kind.hook)
         ]
         dormant = _dormant({(one["family"], one["table"]) for one in bases}, tools, deadline)
         for base in bases:
@@ -69,10 +92,12 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline) -> Hooks:
             if where in dormant:
                 continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
-            table = _NftTable(family, *where, frozenset(names), tools, deadline)
-            chains = table.reachable(base["name"])
+            reader = _NftTable(kind, family, *where, frozenset(names), tools, deadline)
+            chains = reader.reachable(base["name"])
             drops = base.get("policy") == "drop"
-            hooks.append(Hook(" ".join(where), base["name"], int(base["prio"]), chains, drops))
+            hooks.append(
+                Hook(" ".join(where), base["name"], int(base["prio"]), chains, drops, kind.hook)
+            )
     return Hooks(family, tuple(hooks))
 
 
@@ -83,6 +108,24 @@ def _known_shape() -> Iterator[None]:
         yield
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BackendFailed(f"nft printed JSON of a shape that is not known: {error!r}") from None
+
+
+def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
+    """Whether kube-proxy has rules here, in whichever of its modes. Raises as read_hooks does."""
+    chain, ip = "KUBE-SERVICES", _NFT_FAMILIES[family][0]
+    if peek.is_in_use(family):
+        rules, _ = list_chains(family, Backend.LEGACY, tools, deadline)
+        if chain in rules:
+            return True
+    if tools.find("nft") is None:
+        return False
+    with _known_shape():
+        chains = [one.get("chain", {}) for one in _json(["list", "chains"], tools, deadline)]
+        return any(
+            one.get("family") == ip
+            and (one["table"] == "kube-proxy" or (one["table"], one["name"]) == ("nat", chain))
+            for one in chains
+        )
 
 
 def _dormant(
@@ -99,22 +142,27 @@ def _dormant(
     return {where for where in flagged.intersection(some) if is_dormant(*where, tools, deadline)}
 
 
-def _whole(table: str, family: Family, backend: Backend, tools: Tools, deadline: Deadline) -> Hook:
-    """A nat table of iptables. The tool reads all of a legacy table at once anyway."""
-    rules, policies = list_chains(family, backend, tools, deadline)
-    names, todo = set[str](), [POSTROUTING]
+def _whole(
+    kind: Kind, table: str, family: Family, backend: Backend, tools: Tools, deadline: Deadline
+) -> Hook:
+    """A table of iptables. The tool reads all of a legacy table at once anyway."""
+    rules, policies = list_chains(family, backend, tools, deadline, table=table)
+    where = f"{'legacy ' * (backend is Backend.LEGACY)}{_NFT_FAMILIES[family][0]} {table}"
+    names, todo = set[str](), [kind.chain]
     while todo:
         if (name := todo.pop()) in rules and name not in names:
             names.add(name)
             todo += xtables.targets(rules[name])
     chains = xtables.compiled({name: rules[name] for name in names}, rules)
-    return Hook(table, POSTROUTING, _SRCNAT, chains, policies.get(POSTROUTING) == "DROP")
+    drops = policies.get(kind.chain) == "DROP"
+    return Hook(where, kind.chain, kind.tables[table], chains, drops, kind.hook)
 
 
 @dataclass
 class _NftTable:
     """One nft table, read from a base chain on. `names`: of all its chains."""
 
+    kind: Kind
     family: Family
     nft_family: str
     name: str
@@ -125,11 +173,12 @@ class _NftTable:
 
     def reachable(self, base: str) -> _Chains:
         # What iptables-nft wrote it also prints, with everything that nft's JSON leaves out.
-        by_iptables = (self.nft_family, self.name, base) == (
-            _NFT_FAMILIES[self.family][0],
-            "nat",
-            POSTROUTING,
-        ) and self.tools.find(f"{self.family.command}-nft") is not None
+        by_iptables = (
+            self.nft_family == _NFT_FAMILIES[self.family][0]
+            and base == self.kind.chain
+            and self.name in self.kind.tables
+            and self.tools.find(f"{self.family.command}-nft") is not None
+        )
         todo = [base]
         while todo:
             name = todo.pop()
@@ -144,7 +193,9 @@ class _NftTable:
         iptables-nft refuse it ("incompatible"): then nft reads it."""
         try:
             chain = () if everything else (name,)
-            rules, _ = list_chains(self.family, Backend.NFT, self.tools, self.deadline, *chain)
+            rules, _ = list_chains(
+                self.family, Backend.NFT, self.tools, self.deadline, *chain, table=self.name
+            )
         except BackendFailed:
             return self._by_nft(name, everything)
         self.chains |= xtables.compiled(rules, self.names)

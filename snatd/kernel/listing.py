@@ -61,16 +61,21 @@ def is_as_read(transaction: Transaction, tools: Tools, deadline: Deadline) -> Ru
 
 
 def list_chains(
-    family: Family, backend: Backend, tools: Tools, deadline: Deadline, *chain: str
+    family: Family,
+    backend: Backend,
+    tools: Tools,
+    deadline: Deadline,
+    *chain: str,
+    table: str = "nat",
 ) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str]]:
     """One chain, or all of the table, without counters; and the policies of base chains."""
-    argv = [*_argv(family, backend), *chain]
+    argv = [*_argv(family, backend, table=table), *chain]
     return _trusted(argv, tools, deadline, parse_table)
 
 
-def _argv(family: Family, backend: Backend, *verbose: str) -> list[str]:
+def _argv(family: Family, backend: Backend, *verbose: str, table: str = "nat") -> list[str]:
     wait = ("-w", "1") if backend is Backend.LEGACY else ()
-    return [f"{family.command}-{backend.value}", *wait, "-t", "nat", *verbose, "-S"]
+    return [f"{family.command}-{backend.value}", *wait, "-t", table, *verbose, "-S"]
 
 
 def _list(

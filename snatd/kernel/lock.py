@@ -11,13 +11,26 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.locks import holder
 
 PATH = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 _TRY_AGAIN_S = 0.005
+
+
+@dataclass
+class Waits:
+    """How often this process wanted the lock, and how long that took together, got or not."""
+
+    count: int = 0
+    total_s: float = 0.0
+
+
+waits = Waits()
 
 
 class XtablesLock:
@@ -30,6 +43,18 @@ class XtablesLock:
     @contextmanager
     def held(self, deadline: Deadline) -> Iterator[None]:
         """Holds the lock. Blocks up to the deadline, then BackendBusy says who holds it."""
+        began_s = time.monotonic()
+        try:
+            descriptor = self._take(deadline)
+        finally:
+            waits.count += 1
+            waits.total_s += time.monotonic() - began_s
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _take(self, deadline: Deadline) -> int:
         descriptor = self._open()
         end_s = time.monotonic() + deadline.remaining_s(time.monotonic())
         while True:
@@ -42,12 +67,8 @@ class XtablesLock:
                 continue
             # Whoever waited on a file that was removed meanwhile holds what nobody else sees.
             if self._is_current(descriptor):
-                break
+                return descriptor
             descriptor = self._open()
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def _open(self) -> int:
         if self._descriptor is not None and self._is_current(self._descriptor):
@@ -74,14 +95,12 @@ class XtablesLock:
 
     def _holder(self) -> str:
         """The pid in /proc/locks whose lock is on our file; best effort."""
-        with suppress(OSError, ValueError, IndexError):
+        with suppress(OSError):
             file = os.stat(self.path)
-            device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
-            for line in Path("/proc/locks").read_text().splitlines():
-                words = line.split()
-                if words[1] == "FLOCK" and words[5] == f"{device}:{file.st_ino}":
-                    name = Path(f"/proc/{int(words[4])}/comm").read_text().strip()
-                    return f"pid {words[4]} ({name})"
+            device = (os.major(file.st_dev), os.minor(file.st_dev))
+            pid = holder(Path("/proc/locks").read_text(), device, file.st_ino)
+            if pid is not None:
+                return f"pid {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
         return "another process"
 
     def close(self) -> None:

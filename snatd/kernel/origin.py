@@ -13,6 +13,7 @@ from pathlib import Path
 
 PROC = Path("/proc")
 _COMM_BYTES = 15
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of linux/proc_ns.h
 
 
 def of(pid: int, comm: bytes, proc: Path = PROC) -> str | None:
@@ -29,6 +30,16 @@ def of(pid: int, comm: bytes, proc: Path = PROC) -> str | None:
         unit = innermost_unit(groups)
         return unit or _printable(_name_and_parent(proc, parent)[0])
     return None
+
+
+def pids_are_the_kernels(proc: Path = PROC) -> bool:
+    """Whether a pid here is what nf_tables says: its own count, that of the initial pid namespace.
+
+    A container's and a machine's of systemd-nspawn or LXC are not. False where that is not known.
+    """
+    with suppress(OSError):
+        return (proc / "self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE
+    return False
 
 
 def innermost_unit(groups: str) -> str | None:

@@ -105,7 +105,7 @@ def _repairs(
         time.sleep(max(0.0, _may_start_s(started_s, number) - time.monotonic()))
         found.append(one_repair(site, snatd, lock))
     assert _rules(site.node) == rules, "not what it was before the rival came"
-    assert not snatd.status()["fighting"], "so often that the daemon backed off"
+    assert not snatd.status()["fights"]["now"], "so often that the daemon backed off"
     return found
 
 

@@ -43,7 +43,7 @@ from snatd.core.saved import bring_in_line, dynamic_chains, put_back, without_dy
 from snatd.core.trace import before_guard, cluster_packets, rewriters
 from snatd.host.flannel import parse_lease, read_lease
 from snatd.host.memory import MemoryDamaged, MemoryFile
-from snatd.kernel.events import Event, LinkEar, NftEar, _messages
+from snatd.kernel.events import _messages
 from snatd.kernel.guard import GuardTable
 from snatd.kernel.hooks import read_hooks
 from snatd.kernel.nft import NftTables, restore_script
@@ -62,6 +62,7 @@ from tests.fakes import (
     restored,
     wish,
 )
+from tests.unit.test_events import link_ear, nft_ear
 
 # Between the parts of an input that stands for several outputs. No tool prints it.
 BETWEEN = b"\x1e"
@@ -339,27 +340,23 @@ def _from_nothing(wanted: Desired) -> Transaction:
 
 _HEADER = struct.Struct("=IHHII")
 _NFTABLES = 10 << 8
-_NEW_RULE, _DEL_RULE, _DEL_TABLE, _NEW_GENERATION = (_NFTABLES | kind for kind in (6, 8, 2, 15))
+_NEW_RULE, _DEL_RULE, _DEL_TABLE = (_NFTABLES | kind for kind in (6, 8, 2))
 _BRIDGE = 3
 
 
 def netlink(data: bytes) -> None:
     """Datagrams of nf_tables and of routing: no bytes break an ear, and no whole message that
     concerns us is missed."""
-    ear = NftEar.__new__(NftEar)  # without the socket
-    ear._own_pids, ear._pending = (), False
-    links = LinkEar.__new__(LinkEar)
-    links.bridges = {_BRIDGE: b"docker0"}
+    ears = (nft_ear(), nft_ear(nested=True))
+    links = link_ear(_BRIDGE)
     for datagram in data.split(BETWEEN * 4):
-        events = list(ear._heard(datagram))
         whole = _whole_messages(datagram)
-        if any(_concerns_nat(kind, attributes) for kind, attributes in whole):
-            closed = any(kind == _NEW_GENERATION for kind, _ in whole)
-            assert ear._pending or events, "missed"
-            assert not closed or events or ear._pending
-        for event in events:
-            assert isinstance(event, Event)
-            assert str(event.writer).isprintable()
+        for ear in ears:
+            events = list(ear._heard(datagram))
+            if any(_concerns_nat(kind, attributes) for kind, attributes in whole):
+                assert ear._pending is not None or events, "missed"
+            for event in events:
+                assert event.writer is None or str(event.writer).isprintable()
         for kind, body in _messages(datagram):
             links._concerns(kind, body)
 

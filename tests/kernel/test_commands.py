@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +194,36 @@ def test_what_cannot_be_put_back_is_said(nft_lab: Lab, tmp_path: Path) -> None:
         assert "everything is as it was" not in said
         broken.unlink()
         assert rules(node) == [NARROW]
+
+
+def test_revert_tells_an_apply_that_waits_no(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    before = node.host.run("nft", "-s", "list", "ruleset")
+    process = _applying(snatd, 3600)
+    stderr = process.stderr
+    assert stderr is not None
+    until(lambda: b"press a key" in stderr.readline(), "it")
+    done = snatd.command("revert")
+    assert done.returncode == 0, done.stderr
+    assert f"told the `apply --confirm` that waits as pid {process.pid}" in done.stderr
+    assert process.wait(10) == 1
+    assert b"everything is as it was before" in stderr.read()
+    assert rules(node) == [broad(node)]
+    assert node.host.run("nft", "-s", "list", "ruleset") == before
+
+
+def test_revert_waits_for_the_lock(node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule, command="iptables-legacy")
+    with node.host.path("/run/xtables.lock").open() as lock:
+        assert snatd.command("apply").returncode == 0
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Longer than any one look at it.
+        threading.Timer(8, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        done = snatd.command("revert")
+        assert done.returncode == 0, done.stderr
+        said = "tries again: ipv4 legacy: /run/xtables.lock is held by pid"
+        assert done.stderr.count(said) == 1
+        assert rules(node, "iptables-legacy") == [broad(node)]
 
 
 def test_observe_writes_nothing_by_hand_either(node: Node, snatd: Snatd) -> None:

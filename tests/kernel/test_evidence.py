@@ -76,6 +76,7 @@ def test_snated_is_degraded_and_names_the_rule(node: Node, snatd: Snatd) -> None
     (wrong,) = snatd.wait_for("not_kept")[0]["what"]
     assert wrong.startswith(said)
     assert "-o eth0 -j MASQUERADE" in snatd.events("can_snat")[0]["what"][0]
+    assert snatd.events("can_snat")[0]["guard"] == 'none: guard is "off"'
     assert snatd.command("status").returncode == 1
 
 
@@ -121,6 +122,29 @@ def test_another_programs_chain_before_the_guard_is_told(node: Node, snatd: Snat
     (told,) = snatd.wait_for("before_guard")[0]["what"]
     assert told == "asked before the guard, or may be: nat chain ip early post (priority -199)"
     assert told in snatd.command("check").stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "guard"),
+    [
+        ({"mode": "observe"}, "", "none: mode is observe"),
+        ({"guard": "off", "mode": "observe"}, "", 'none: guard is "off"'),
+        ({}, "-199", "there, and does not decide for all of this traffic"),
+    ],
+)
+def test_why_the_guard_does_not_keep_a_rule_from_it_is_told(
+    node: Node, snatd: Snatd, settings: dict[str, str], before: str, guard: str
+) -> None:
+    add(node, "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    if before:
+        node.host.shell(
+            "nft add table ip early; nft add chain ip early post "
+            f"'{{ type nat hook postrouting priority {before}; }}'; "
+            "nft add rule ip early post oifname eth0 masquerade"
+        )
+    snatd.write_config(**settings)
+    snatd.start()
+    assert snatd.wait_for("can_snat")[0]["guard"] == guard
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,8 @@ def test_no_nft_at_all(nft_lab: Lab, tmp_path: Path) -> None:
         assert rules(node) == [NARROW]
         reverted = snatd.command("revert")
         assert reverted.returncode == 0, reverted.stderr
+        assert "`nft delete table ip snatd` removes it" in reverted.stderr
+        assert "`nft delete table ip6 snatd` removes it" in reverted.stderr
         assert rules(node) == []
 
 

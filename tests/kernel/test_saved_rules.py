@@ -157,6 +157,17 @@ def test_revert_puts_the_file_back(node: Node, v4: Path, snatd: Snatd) -> None:
     assert v4.read_text() == OLD
     assert rules(node) == [BROAD]
     assert os.listdir(snatd.folder / "state") == []
+    assert os.listdir(v4.parent) == ["rules.v4"], "a backup that says the same is of no use"
+
+
+def test_revert_leaves_a_backup_that_differs_and_names_it(v4: Path, snatd: Snatd) -> None:
+    v4.write_text(OLD.replace("-j MASQUERADE", "--jump MASQUERADE"))
+    assert snatd.command("save").returncode == 0
+    backup = "/etc/iptables/rules.v4.snatd-backup"
+    assert f"{backup} stays: the file as it was before snatd\n" in snatd.command("revert").stdout
+    assert snatd.json("revert")["backups"] == [backup]
+    assert v4.read_text() == OLD
+    assert "--jump" in v4.with_name("rules.v4.snatd-backup").read_text()
 
 
 @pytest.mark.parametrize("had_one", [True, False])

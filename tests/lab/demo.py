@@ -39,14 +39,14 @@ class Story:
             ours = "--comment snatd" in line or "snat to ip saddr" in line
             print(f"    {self.paint(line, 'green' if ours else 'dim')}", flush=True)
 
-    def expect(self, what: str, seen: str | None, wanted: str, meaning: str) -> None:
+    def expect(
+        self, what: str, seen: str | None, wanted: str, meaning: str, style: str = "green"
+    ) -> None:
         right = seen == wanted
         if not right:
             self.missed.append(f"{what}: saw {seen}, expected {wanted}")
-        style = "green" if right else "red"
-        self.line(
-            what, f"{seen or 'no answer':<14} {meaning if right else 'NOT AS EXPECTED'}", style
-        )
+        said = f"{seen or 'no answer':<14} {meaning if right else 'NOT AS EXPECTED'}"
+        self.line(what, said, style if right else "red")
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def _tell(story: Story, backend: str) -> None:
 
         story.head("The problem: Docker masquerades all that leaves node 1's containers")
         story.lines(_rules(node))
-        _ask(story, node, neighbour, node.address, "the node's address: the problem")
+        _ask(story, node, neighbour, node.address, "the node's address: the problem", "red")
 
         with Snatd(node.host, lab.folder / "snatd") as snatd:
             story.head("`snatd run` starts on node 1")
@@ -138,9 +138,11 @@ def _time_of_repair(node: Node, how: str) -> float:
     return (time.monotonic() - started_s) * 1000
 
 
-def _ask(story: Story, node: Node, neighbour: Node, wanted: str, meaning: str) -> None:
+def _ask(
+    story: Story, node: Node, neighbour: Node, wanted: str, meaning: str, style: str = "green"
+) -> None:
     seen = seen_by(node.container, neighbour.container_address)
-    story.expect("the other container's server was called by", seen, wanted, meaning)
+    story.expect("the other container's server was called by", seen, wanted, meaning, style)
 
 
 def _ask_outside(story: Story, node: Node) -> None:

@@ -46,13 +46,14 @@ class Namespace:
         )
         self.pid = self._holder.pid
         self._environment: dict[str, str] = {}
+        self._programs: list[subprocess.Popen[bytes]] = []
         until(self._is_up, "a namespace of its own")
         assert _netns(self.pid) != _netns(os.getpid()), "unshare gave no namespace"
         # An address is good at once: nobody else here could have it (duplicate address detection).
         self.shell(
             "mount -t tmpfs tmpfs /run; mkdir /run/flannel; ip link set lo up; "
-            # A daemon that runs here must not find the machine's own saved rules.
-            "for one in /etc/iptables /etc/sysconfig; do "
+            # What runs here must not find the machine's own saved rules, nor write its settings.
+            "for one in /etc/iptables /etc/sysconfig /etc/sysctl.d /etc/modules-load.d; do "
             "if [ -d $one ]; then mount -t tmpfs tmpfs $one; fi; done; "
             "for one in all default; do echo 0 > /proc/sys/net/ipv6/conf/$one/accept_dad; done"
         )
@@ -96,6 +97,17 @@ class Namespace:
         command = [*_DIE_WITH_PARENT, *self.command(*argv)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
+    def program(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """A program of some name that does nothing; it ends with this host."""
+        file = self.path(f"/run/programs/{name}")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("#!/usr/bin/python3 -IS\nimport signal\nsignal.pause()\n")
+        file.chmod(0o755)
+        program = self.popen(f"/run/programs/{name}", *arguments)
+        self._programs.append(program)
+        until(lambda: _comm(program.pid) == name[:15], f"{name} runs")
+        return program
+
     def path(self, path: str) -> Path:
         """A file of this host, as seen from outside."""
         return Path(f"/proc/{self.pid}/root{path}")
@@ -111,8 +123,9 @@ class Namespace:
                 _set(home.fileno())
 
     def close(self) -> None:
-        self._holder.kill()
-        self._holder.wait()
+        for one in (*self._programs, self._holder):
+            one.kill()
+            one.wait()
 
 
 def _thread_id() -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Node:
     host: Namespace
     container: Namespace
     pods: str
+    flanneld: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -70,8 +72,10 @@ class Node:
         ipmasq: bool = False,
         v6: bool = False,
         subnet: str | None = None,
+        mtu: int = 1500,
     ) -> None:
-        """Writes subnet.env as flanneld does: another file in the same folder, then a rename."""
+        """Writes subnet.env as flanneld does, another file in the same folder, then a rename; and
+        sees to it that there is a flanneld."""
         lines = [
             f"FLANNEL_NETWORK={network}",
             f"FLANNEL_SUBNET={subnet or f'{self.pods}.{self.number}.1/24'}",
@@ -81,11 +85,13 @@ class Node:
                 "FLANNEL_IPV6_NETWORK=fd00:7::/32",
                 f"FLANNEL_IPV6_SUBNET=fd00:7:{self.number}::1/64",
             ]
-        lines += ["FLANNEL_MTU=1500", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
+        lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
         folder = self.host.path("/run/flannel")
         folder.mkdir(exist_ok=True)
         (folder / ".subnet.env").write_text("\n".join(lines) + "\n")
         (folder / ".subnet.env").rename(folder / "subnet.env")
+        if self.flanneld is None:
+            self.flanneld = self.host.program("flanneld")
 
 
 class Lab:

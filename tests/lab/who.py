@@ -117,18 +117,19 @@ def census(
     host: Namespace,
     destinations: Sequence[str],
     more: Callable[[int], bool],
-    first_port: int = 10_000,
+    first_port: int = 1025,
     timeout_s: float = 0.5,
 ) -> Seen:
     """As whom each destination sees a host, over many UDP flows one after the other.
 
     Each flow has a source port of its own, counted up: no flow meets the entry of an earlier one.
-    `more` is asked before each round with the number of rounds so far.
+    `more` is asked before each round with the number of rounds so far. After 64,511 of them there
+    are no more ports, and it ends.
     """
     seen: Seen = Counter()
     number = 0
     with host.entered():
-        while more(number):
+        while first_port + number <= 65535 and more(number):
             for destination in destinations:
                 with socket.socket(_family(destination), socket.SOCK_DGRAM) as caller:
                     caller.settimeout(timeout_s)

@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 from snatd.core.desired import Absent, Desired
 from snatd.core.errors import RuleError
 from snatd.core.mend import misplaced, undone
-from snatd.core.model import POSTROUTING, Backend, Counters, Hold, Rule, Ruleset
+from snatd.core.model import OWN_COMMENT, POSTROUTING, Backend, Counters, Hold, Rule, Ruleset
 from snatd.core.plan import (
     Transaction,
     applied,
     plan,
+    unwritable,
 )
 from snatd.core.revert import Memory, remember, revert
-from snatd.core.rules import SNAT_TARGETS, Spec, parse
+from snatd.core.rules import SNAT_TARGETS, Spec, parse, quote
 from snatd.kernel.nft import restore_script
-from tests.fakes import HAND_MADE, NFT, V4, P, restored, texts
+from tests.fakes import HAND_MADE, IPTABLES, NFT, V4, P, restored, texts
 from tests.property.chains import (
     FOREIGN,
     WISHES,
+    S,
     broad_text,
     rulesets,
     shapes,
@@ -280,3 +282,33 @@ def test_revert_leaves_nothing_of_ours_and_all_of_others(ruleset: Ruleset) -> No
         assert now.own_chains == ()
         foreign = [rule for rule in ruleset.postrouting if rule.text in FOREIGN]
         assert exactly(r for r in now.postrouting if r.text in FOREIGN) == exactly(foreign)
+
+
+comments = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0")
+    | st.sampled_from("\n\r\t\x1b\"'\\\u2028 !-"),
+    max_size=40,
+).filter(lambda comment: comment != OWN_COMMENT)
+
+
+@given(comments, st.sampled_from(IPTABLES), st.sampled_from(WISHES))
+def test_a_broad_rule_with_any_comment_is_narrowed_or_reported(
+    comment: str, backend: Backend, wanted: Desired
+) -> None:
+    text = f"-s 172.7.21.0/24 ! -o docker0 -m comment --comment {quote(comment)} -j MASQUERADE"
+    before = Ruleset(V4, backend, (Rule("-j A"), Rule(text)))
+    now = apply_all({backend: before}, plan(wanted, {backend: before}, backend))[backend]
+    assert (Rule(text) in now.postrouting) == ("\n" in comment)
+    assert unwritable(wanted, now) == ((2,) if "\n" in comment else ())
+    for transaction in plan(wanted, {backend: before}, backend):
+        check_script(before, transaction)
+
+
+@given(situations())
+def test_what_is_in_sync_hides_nothing(situation: Situation) -> None:
+    """Of a broad rule that stays somebody is told; of all others nobody."""
+    wanted, before, iptables_is = situation
+    for ruleset in apply_all(before, plan(wanted, before, iptables_is)).values():
+        odd = {f'{S} -o a"b -j MASQUERADE', f'{S} -m comment --comment "two\nlines" -j MASQUERADE'}
+        stay = [n for n, rule in enumerate(ruleset.postrouting, 1) if rule.text in odd]
+        assert list(unwritable(wanted, ruleset)) == stay

@@ -22,17 +22,27 @@ from tests.system.node import Node
 PROJECT = Path(snatd.__file__).parents[1]
 _FOLDER = "snatd-system-"
 NEXT = f"{snatd.__version__}+next"
+NEXT_TOML = "\n\n# A key that came with the next version.\n#next = 1\n"
+DISTRIBUTIONS = ("el9", "el10", "fc43")
+
+
+@dataclass(frozen=True)
+class Rpms:
+    """Those of one distribution, with snatd-legacy."""
+
+    this: Path
+    next: Path
+    legacy: Path
 
 
 @dataclass(frozen=True)
 class Packages:
-    """What was built of the working tree: this version, and the same as the next one."""
+    """What was built of the working tree: this version, and the same as the next one with another
+    snatd.toml; the RPMs by distribution."""
 
     deb: Path
     next_deb: Path
-    rpm: Path
-    next_rpm: Path
-    legacy_rpm: Path
+    rpms: dict[str, Rpms]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,14 +65,38 @@ def work(_root: None) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def git(*words: str, stdin: str = "", index: Path | None = None) -> str:
+    done = subprocess.run(
+        ["git", "-c", "safe.directory=*", *words],
+        env={**os.environ, **_AUTHOR, **({"GIT_INDEX_FILE": str(index)} if index else {})},
+        input=stdin,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+_WHO = {"NAME": "x", "EMAIL": "x@invalid"}
+_AUTHOR = {f"GIT_{who}_{what}": to for who in ("AUTHOR", "COMMITTER") for what, to in _WHO.items()}
+
+
 @pytest.fixture(scope="session")
 def commit() -> str:
     """The last commit with the changes of the working tree on top, as a commit of its own."""
-    git = ["git", "-c", "safe.directory=*", "-c", "user.name=x", "-c", "user.email=x@invalid"]
-    stash = subprocess.run(
-        [*git, "stash", "create"], cwd=PROJECT, capture_output=True, text=True, check=True
-    )
-    return stash.stdout.strip() or "HEAD"
+    return git("stash", "create") or "HEAD"
+
+
+@pytest.fixture(scope="session")
+def next_commit(work: Path, commit: str) -> str:
+    """The same with another snatd.toml in the packages. No branch and no file knows of it."""
+    path, index = "packaging/snatd.toml", work / "index"
+    git("read-tree", commit, index=index)
+    text = git("show", f"{commit}:{path}") + NEXT_TOML
+    blob = git("hash-object", "-w", "--stdin", stdin=text)
+    git("update-index", "--cacheinfo", f"100644,{blob},{path}", index=index)
+    return git("commit-tree", "-p", commit, "-m", NEXT, git("write-tree", index=index))
 
 
 def build(script: str, *words: str) -> Path:
@@ -75,14 +109,20 @@ def build(script: str, *words: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def packages(work: Path, commit: str) -> Packages:
+def packages(work: Path, commit: str, next_commit: str) -> Packages:
     output = str(work / "packages")
+
+    def rpms(distribution: str) -> Rpms:
+        return Rpms(
+            build("packaging/rpm/build", output, distribution, commit),
+            build("packaging/rpm/build", output, distribution, next_commit, NEXT),
+            build("packaging/rpm/build-legacy", output, distribution, commit),
+        )
+
     return Packages(
         deb=build("packaging/deb", output, commit),
-        next_deb=build("packaging/deb", output, commit, NEXT),
-        rpm=build("packaging/rpm/build", output, commit),
-        next_rpm=build("packaging/rpm/build", output, commit, NEXT),
-        legacy_rpm=build("packaging/rpm/build-legacy", output, commit),
+        next_deb=build("packaging/deb", output, next_commit, NEXT),
+        rpms={one: rpms(one) for one in DISTRIBUTIONS},
     )
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import snatd
 from snatd.host import journal
+from tests import logged
 from tests.lab.netns import until
+from tests.logged import NOT_SHOWN
+from tests.system.machine import Machine
 from tests.system.node import BROAD, NARROW, Node
 
 AFTER = {
@@ -36,14 +40,16 @@ def test_it_is_enabled_active_and_in_order(off: Node) -> None:
         assert {*machine.show("snatd", order).split()} >= names
     assert machine.run("stat", "-c", "%a %U %G", "/run/xtables.lock") == "600 root root\n"
     assert machine.run("systemctl", "--failed", "--plain", "--no-legend") == ""
-    off.wait_for_status("waiting: /run/flannel/subnet.env: no such file")
+    off.wait_for_status("UTC - /run/flannel/subnet.env: no such file")
+    assert off.status_line().startswith("waiting since ")
 
 
 def test_it_is_confined_and_verify_is_silent(off: Node) -> None:
     off.boot()
     machine = off.machine
     machine.run("systemd-analyze", "security", "--threshold=19", "snatd.service")
-    assert machine.run("systemd-analyze", "verify", "--man=no", "snatd.service") == ""
+    assert machine.try_to("man", "--version").returncode == 127, "so it has to do without"
+    assert machine.run("systemd-analyze", "verify", "snatd.service") == ""
     assert machine.run("/usr/libexec/snatd/check-order") == ""
     status = Path(f"/proc/{machine.pid}/root/proc/{machine.show('snatd', 'MainPID')}/status")
     capabilities = re.findall(r"^Cap(?:Prm|Eff|Bnd):\s+(\w+)$", status.read_text(), re.MULTILINE)
@@ -53,7 +59,8 @@ def test_it_is_confined_and_verify_is_silent(off: Node) -> None:
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 def test_a_broad_rule_is_narrowed_and_the_journal_tells_of_it(node: Node, backend: str) -> None:
     machine = node.machine
-    node.wait_for_status("in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16")
+    node.wait_for_status("UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16")
+    assert node.status_line().startswith("in sync since ")
     if backend == "legacy":
         machine.run("update-alternatives", "--set", "iptables", "/usr/sbin/iptables-legacy")
         node.iptables("-F", "POSTROUTING", backend="nft")
@@ -79,6 +86,105 @@ def test_a_broad_rule_is_narrowed_and_the_journal_tells_of_it(node: Node, backen
     assert '"ip-masq": false' in told
     assert "snatd: " not in machine.run("snatd", "check")
     assert "in sync" in machine.run("systemctl", "status", "snatd")
+
+
+_SAY = """
+import json, sys
+from snatd.host import journal
+
+journal.configure("journal", "info")
+for event, fields in json.load(sys.stdin):
+    journal.logger().info(event, **fields)
+"""
+
+
+def test_journalctl_explains_each_kind_of_event_whole(off: Node) -> None:
+    """With two of all that there may be several of, and with none of it: the real journalctl puts
+    in one copy of a field, and the name of one that is not there."""
+    off.boot()
+    machine = off.machine
+    kinds = logged.events()
+    for whole in (True, False):
+        samples = [(event, kind.sample(event, whole=whole)) for event, kind in kinds.items()]
+        machine.run("python3", "-c", _SAY, stdin=json.dumps(samples))
+    for event, kind in kinds.items():
+        found = f"SNATD_EVENT={event}", "_COMM=python3"
+        until(partial(there_are, 2, machine, *found), f"two of {event}")
+        several, none = explained(off, *found)
+        for text in (several, none):
+            assert re.findall(r"SNATD_\w+|@\w*@|\bNone\b", text) == [], text
+            assert text.startswith("Subject: ")
+            assert len(text) > 100
+        shown = kind.always & journal._ABSENT.keys() - NOT_SHOWN.get(event, set())
+        for key in shown:
+            assert f"first-{event}-{key} | second-{event}-{key}" in several, several
+            assert "first-" not in none
+
+
+def there_are(number: int, machine: Machine, *matches: str) -> bool:
+    return len(machine.journal("-b", *matches)) == number
+
+
+def explained(node: Node, *matches: str) -> list[str]:
+    """What the catalog has to say of each entry."""
+    told = node.machine.run("journalctl", "-x", "-b", "-q", "--no-pager", *matches)
+    texts: list[list[str]] = []
+    for line in told.splitlines():
+        if not line.startswith("░░"):
+            texts.append([])
+        else:
+            texts[-1].append(line.removeprefix("░░").strip())
+    return ["\n".join(text) for text in texts]
+
+
+def test_the_fields_of_a_repair_are_native_and_right(node: Node) -> None:
+    machine = node.machine
+    node.wait_for_status("in sync")
+    before = len(machine.journal("-b", "SNATD_EVENT=rule_narrowed"))
+    machine.run("systemctl", "stop", "snatd")
+    # Two copies of the broad rule, and ours is there: one that goes is not the only one.
+    node.add_broad()
+    node.add_broad()
+    machine.run("systemctl", "start", "snatd")
+    node.wait_for_repair()
+    entries = machine.journal("-b", "SNATD_EVENT=rule_narrowed")
+    assert len(entries) == before + 1
+    fields = {name: value for name, value in entries[-1].items() if name.startswith("SNATD_")}
+    duration_us = int(fields.pop("SNATD_DURATION_USEC"))
+    assert 1000 < duration_us < 10_000_000
+    assert fields == {
+        "SNATD_EVENT": "rule_narrowed",
+        "SNATD_FAMILY": "ipv4",
+        "SNATD_BACKEND": "nft",
+        # Of equal fields the journal keeps one, and the text has all.
+        "SNATD_REMOVED": f"-A POSTROUTING {BROAD}",
+        "SNATD_REMOVED_TEXT": " | ".join([f"-A POSTROUTING {BROAD}"] * 2),
+        "SNATD_RULE_TEXT": "none",
+        "SNATD_WHY": "it hides the addresses of 172.7.21.0/24 from 172.7.0.0/16",
+        "SNATD_WHY_TEXT": "it hides the addresses of 172.7.21.0/24 from 172.7.0.0/16",
+        "SNATD_TRIGGER": "start",
+        "SNATD_WRITER_TEXT": "not known",
+    }
+    assert entries[-1]["PRIORITY"] == "5"
+    assert entries[-1]["MESSAGE_ID"] == journal.message_id("rule_narrowed")
+    assert entries[-1]["SYSLOG_IDENTIFIER"] == "snatd"
+    (told,) = explained(node, "SNATD_EVENT=rule_narrowed", f"_PID={entries[-1]['_PID']}")
+    assert " | ".join([f"-A POSTROUTING {BROAD}"] * 2) in told
+
+
+def test_in_a_machine_of_its_own_it_names_the_rival_and_never_itself(node: Node) -> None:
+    machine = node.machine
+    node.wait_for_status("in sync")
+    for number in range(1, 6):
+        machine.run("nft", "delete", "table", "ip", "snatd")
+        node.add_broad()
+        node.wait_for_repair()
+        until(partial(there_are, number, machine, "SNATD_EVENT=rule_narrowed"), "the entry")
+    last = machine.event("rule_narrowed")
+    assert last["SNATD_WRITER_COMM"] == "iptables-nft"
+    assert int(last["SNATD_WRITER_PID"]) > 0
+    entries = machine.journal("-b", "-u", "snatd")
+    assert "iptables-nft-re" not in {one.get("SNATD_WRITER_COMM") for one in entries}
 
 
 def test_started_and_stopped_are_told_and_a_stop_leaves_the_rules(node: Node) -> None:
@@ -134,7 +240,8 @@ def test_a_broken_file_keeps_the_old_configuration_and_says_so(node: Node) -> No
     file = machine.path("/etc/snatd/snatd.toml")
     file.write_text("mode = 'watch'\n")
     machine.run("systemctl", "reload", "snatd")
-    node.wait_for_status("new configuration refused, the old one is in force")
+    node.wait_for_status("UTC, the old one is in force - ")
+    assert node.status_line().startswith("new configuration refused at ")
     entry = machine.event("configuration_refused")
     assert entry["PRIORITY"] == "3"
     assert "'watch' is none of 'enforce', 'observe'" in entry["SNATD_WHY"]
@@ -151,6 +258,35 @@ def test_a_broken_file_keeps_the_old_configuration_and_says_so(node: Node) -> No
     assert machine.show("snatd", "ActiveState") == "failed"
     assert machine.show("snatd", "NRestarts") == "0"
     assert node.rules() == [NARROW]
+
+
+def test_it_is_reloaded_without_the_program_kill(node: Node) -> None:
+    machine = node.machine
+    node.wait_for_status("in sync")
+    machine.run("rm", "/usr/bin/kill")
+    machine.run("systemctl", "reload", "snatd")
+    machine.event("configuration_loaded")
+    assert machine.show("snatd", "NRestarts") == "0"
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_state_directory_that_is_missing(off: Node, read_only: bool) -> None:
+    off.boot()
+    off.network()
+    machine = off.machine
+    machine.run("systemctl", "stop", "snatd")
+    machine.run("rm", "-r", "/var/lib/snatd")
+    if read_only:
+        machine.shell("mount --bind /var/lib /var/lib; mount -o remount,ro,bind /var/lib")
+    machine.run("systemctl", "start", "snatd")
+    off.add_broad()
+    off.lease()
+    off.wait_for_repair()
+    off.promises_hold()
+    assert machine.show("snatd", "NRestarts") == "0"
+    assert machine.path("/var/lib/snatd/replaced.json").exists() is not read_only
+    if read_only:
+        assert "Read-only file system" in machine.event("state_not_kept")["MESSAGE"]
 
 
 def test_the_lock_file_removed_and_made_again(node: Node) -> None:
@@ -265,9 +401,17 @@ def test_a_rival_is_fought_with_patience_and_one_line(node: Node) -> None:
     node.promises_hold()
     entries = machine.journal("-b", "SNATD_EVENT=fighting")
     assert [one["PRIORITY"] for one in entries] == ["4"]
+    assert int(entries[0]["SNATD_REPAIRS"]) > 20
+    assert float(entries[0]["SNATD_LASTED_S"]) > 0
+    assert entries[0]["SNATD_WRITER"].startswith("iptables-nft (pid ")
+    (told,) = explained(node, "SNATD_EVENT=fighting")
+    assert f"{entries[0]['SNATD_REPAIRS']} repairs within {entries[0]['SNATD_LASTED_S']} s" in told
+    assert "The guard table meanwhile: in place" in told
     assert len(machine.journal("-b", "SNATD_EVENT=rule_narrowed")) < 60
     assert cpu_s(node) - before < 5
     machine.run("systemctl", "stop", "rival")
+    peace = machine.event("fight_ended", 20)
+    assert int(peace["SNATD_REPAIRS"]) >= int(entries[0]["SNATD_REPAIRS"])
 
 
 def cpu_s(node: Node) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
 import pytest
 
+from snatd.core.model import Backend, Family
+from snatd.kernel import events
 from snatd.kernel.events import (
     _GENERATION,
     Event,
@@ -16,9 +19,11 @@ from snatd.kernel.events import (
     _is_relevant,
     _messages,
     _printable,
+    who_wrote,
 )
+from tests.fakes import NFT, V4, V6
 
-NEW_TABLE, DEL_TABLE, NEW_CHAIN, NEW_RULE, DEL_RULE, NEW_GENERATION = 0, 2, 3, 6, 8, 15
+NEW_TABLE, DEL_TABLE, NEW_CHAIN, NEW_RULE, DEL_RULE, NEW_SET, NEW_GENERATION = 0, 2, 3, 6, 8, 9, 15
 NFTABLES = 10
 PID = 4711
 
@@ -33,18 +38,18 @@ def text(kind: int, value: str | bytes) -> bytes:
     return attribute(kind, raw + b"\0")
 
 
-def message(kind: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, 0x0C00, 0x01020304, 99) + body
+def message(kind: int, body: bytes, port: int = 99) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0x0C00, 0x01020304, port) + body
 
 
-def nftables(kind: int, *attributes: bytes, family: int = 2) -> bytes:
+def nftables(kind: int, *attributes: bytes, family: int = 2, port: int = 99) -> bytes:
     head = struct.pack("=BBH", family, 0, 0x0700)
-    return message(NFTABLES << 8 | kind, head + b"".join(attributes))
+    return message(NFTABLES << 8 | kind, head + b"".join(attributes), port)
 
 
-def rule(table: str, chain: str, kind: int = NEW_RULE) -> bytes:
+def rule(table: str, chain: str, kind: int = NEW_RULE, family: int = 2) -> bytes:
     handle = attribute(3, struct.pack(">Q", 17))
-    return nftables(kind, text(1, table), text(2, chain), handle)
+    return nftables(kind, text(1, table), text(2, chain), handle, family=family)
 
 
 def chain(table: str, name: str, of_type: str | None = None) -> bytes:
@@ -56,9 +61,13 @@ def table(name: str, kind: int) -> bytes:
     return nftables(kind, text(1, name), attribute(2, bytes(4)))
 
 
-def generation(pid: int = PID, name: str | bytes = "iptables-nft-re") -> bytes:
+def generation(
+    pid: int = PID, name: str | bytes = "iptables-nft-re", port: int | None = None
+) -> bytes:
+    """`port` is what the process counts itself as: the same, outside of a pid namespace."""
     number = attribute(1, struct.pack(">I", 12))
-    return nftables(NEW_GENERATION, number, attribute(2, struct.pack(">I", pid)), text(3, name))
+    writer = (attribute(2, struct.pack(">I", pid)), text(3, name))
+    return nftables(NEW_GENERATION, number, *writer, port=pid if port is None else port)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +126,12 @@ def test_any_pid_is_read(pid: int) -> None:
     assert int.from_bytes(found[1], "big") == pid
 
 
-def nft_ear(*own_pids: int) -> NftEar:
+def nft_ear(*own_pids: int, nested: bool = False) -> NftEar:
     """An ear without a socket."""
     ear = NftEar.__new__(NftEar)
     ear._own_pids = own_pids
-    ear._pending = False
+    ear._nested = nested
+    ear._pending = None
     return ear
 
 
@@ -132,8 +142,9 @@ def heard(ear: NftEar, *datagrams: bytes) -> list[Event]:
 def test_a_commit_of_anothers_is_heard_once() -> None:
     batch = (rule("nat", "POSTROUTING"), rule("nat", "POSTROUTING"), generation())
     writer = Writer(PID, "iptables-nft-re")
-    assert heard(nft_ear(), *batch) == [Event("nft", writer)]
-    assert heard(nft_ear(), b"".join(batch)) == [Event("nft", writer)]
+    event = Event("nft", writer, frozenset({(V4, NFT)}))
+    assert heard(nft_ear(), *batch) == [event]
+    assert heard(nft_ear(), b"".join(batch)) == [event]
     assert str(writer) == "iptables-nft-re (pid 4711)"
 
 
@@ -158,6 +169,76 @@ def test_each_commit_has_its_own_writer() -> None:
     assert [str(event.writer) for event in first + second] == ["a (pid 5)", "b (pid 6)"]
 
 
+GUARD = Backend.GUARD
+
+
+@pytest.mark.parametrize(
+    ("messages", "wrote"),
+    [
+        ((rule("nat", "POSTROUTING"),), {(V4, NFT)}),
+        ((rule("nat", "POSTROUTING", DEL_RULE, family=10),), {(V6, NFT)}),
+        ((rule("nat", "SNATD-POSTROUTING"),), {(V4, NFT)}),
+        ((rule("snatd", "postrouting", DEL_RULE, family=10),), {(V6, GUARD)}),
+        ((table("snatd", DEL_TABLE),), {(V4, GUARD)}),
+        ((rule("nat", "POSTROUTING"), table("snatd", DEL_TABLE)), {(V4, NFT), (V4, GUARD)}),
+        # A reason to look, and no cause of a repair of ours.
+        ((chain("other", "post", "nat"),), set()),
+        ((chain("nat", "POSTROUTING", "nat"),), set()),
+        ((table("filter", DEL_TABLE),), set()),
+        ((rule("nat", "POSTROUTING", family=1),), set()),
+        ((nftables(NEW_SET, text(1, "nat"), text(2, "POSTROUTING")),), set()),
+        ((rule("nat", "KUBE-X"), chain("other", "post", "nat")), set()),
+    ],
+)
+def test_a_commit_tells_what_it_may_have_caused(
+    messages: tuple[bytes, ...], wrote: set[tuple[Family, Backend]]
+) -> None:
+    expected = Event("nft", Writer(PID, "iptables-nft-re"), frozenset(wrote))
+    assert heard(nft_ear(), *messages, generation()) == [expected]
+    assert heard(nft_ear(), b"".join(messages), generation()) == [expected]
+
+
+def test_what_was_written_does_not_stick_to_the_next_commit() -> None:
+    commits = [rule("nat", "POSTROUTING"), generation(5, "culprit")]
+    commits += [chain("other", "post", "nat"), generation(6, "innocent")]
+    writers = {one.writer: one.wrote for one in heard(nft_ear(), *commits) if one.writer}
+    assert [str(one) for one in who_wrote(writers, V4, NFT)] == ["culprit (pid 5)"]
+    assert who_wrote(writers, V6, NFT) == who_wrote(writers, V4, GUARD) == ()
+
+
+def test_after_an_overflow_nobody_is_blamed_for_what_was_heard_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ear = nft_ear()
+    ear._socket = None  # type: ignore[assignment]
+    arrived = (rule("nat", "POSTROUTING"), None, rule("nat", "KUBE-X"), generation(6, "innocent"))
+    monkeypatch.setattr(events, "_datagrams", lambda _: iter(arrived))
+    assert list(ear.events()) == [Event("nft", overflow=True)]
+
+
+NAMESAKE = 4242
+
+
+@pytest.mark.parametrize("port", [PID, 0xFFFFEF00])
+def test_in_a_pid_namespace_our_own_commit_is_a_look_without_a_name(port: int) -> None:
+    """The kernel's own pid is another number there; the port is ours, or where it was taken by
+    somebody, none that a process can have."""
+    batch = (rule("nat", "POSTROUTING"), generation(90001, port=port))
+    assert heard(nft_ear(PID, nested=True), *batch) == [Event("nft")]
+
+
+def test_in_a_pid_namespace_a_rival_whom_the_kernel_counts_as_we_count_ours_is_heard() -> None:
+    batch = (rule("nat", "POSTROUTING"), generation(PID, "rival", port=NAMESAKE))
+    (event,) = heard(nft_ear(PID, nested=True), *batch)
+    assert event == Event("nft", Writer(PID, "rival"), frozenset({(V4, NFT)}))
+
+
+def test_outside_a_rival_in_a_container_that_counts_itself_as_ours_is_heard() -> None:
+    batch = (rule("nat", "POSTROUTING"), generation(NAMESAKE, "rival", port=PID))
+    (event,) = heard(nft_ear(PID), *batch)
+    assert event.writer == Writer(NAMESAKE, "rival")
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -175,6 +256,41 @@ def test_a_hostile_name_is_harmless(name: bytes, shown: str) -> None:
     assert _printable(name) == shown
     (event,) = heard(nft_ear(), rule("nat", "POSTROUTING"), generation(PID, name))
     assert event.writer == Writer(PID, shown)
+
+
+@pytest.mark.parametrize(
+    ("of", "program"),
+    [
+        (None, "iptables"),
+        ("docker.service", "iptables of docker.service"),
+        ("user@1000.service", "iptables of user@1000.service"),
+        ("bash", "iptables"),
+        ("session-17.scope", "iptables"),
+        ("docker-0123456789abcdef.scope", "iptables"),
+        ("run-r0123456789abcdef.service", "iptables"),
+    ],
+)
+def test_a_program_is_named_alike_each_time(of: str | None, program: str) -> None:
+    assert Writer(PID, "iptables", of).program == program
+
+
+class Overflown:
+    """A socket of which the kernel dropped something."""
+
+    def __init__(self) -> None:
+        self._answers = [errno.ENOBUFS, errno.EAGAIN]
+
+    def recv(self, _: int) -> bytes:
+        number = self._answers.pop(0)
+        raise OSError(number, "")
+
+
+def test_an_overflow_is_an_event_that_says_so() -> None:
+    nft, link = nft_ear(), link_ear(3)
+    for ear in (nft, link):
+        ear._socket = Overflown()  # type: ignore[assignment]
+    assert list(nft.events()) == [Event("nft", overflow=True)]
+    assert list(link.events()) == [Event("link", overflow=True)]
 
 
 LINK_NEW, LINK_DEL, ADDRESS_NEW, ROUTE_NEW, ROUTE_DEL, NEIGHBOUR_NEW = 16, 17, 20, 24, 25, 28

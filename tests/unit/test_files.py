@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snatd.host.files import write_whole
+from snatd.host.files import try_out, write_whole
 
 
 def names(directory: Path) -> list[str]:
@@ -75,3 +75,16 @@ def test_where_it_cannot_be_replaced_nothing_is_left(tmp_path: Path) -> None:
         write_whole(path, b"x")
     assert names(tmp_path) == ["file"]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_to_try_out_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    try_out(path)
+    assert names(tmp_path) == []
+    path.write_bytes(b"old")
+    before = path.stat()
+    try_out(path)
+    assert names(tmp_path) == ["file"]
+    assert (path.stat().st_ino, path.read_bytes()) == (before.st_ino, b"old")
+    with pytest.raises(FileNotFoundError):
+        try_out(tmp_path / "missing" / "file")

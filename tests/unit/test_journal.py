@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
-import snatd
-from snatd.core.plan import Change
+import pytest
+
 from snatd.host import journal
+from tests import logged
+from tests.logged import CATALOG, CODE, NOT_SHOWN
 
-CODE = Path(snatd.__file__).parent
 PROJECT = CODE.parent
-LEVELS = {"debug", "info", "warning", "error", "say", "_say"}
+EVENTS = logged.events()
 
 
 def events_in_the_code() -> set[str]:
-    """Every name that is logged: a literal first argument of a log call, `over=`, and the changes,
-    whose names are their values. What is undone is undone by commands, which do not log."""
-    found = {change.value for change in Change if change is not Change.UNDONE}
-    for path in CODE.rglob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-                if call.func.attr in LEVELS and call.args:
-                    found |= set(literal(call.args[0]))
-                found |= {
-                    name
-                    for keyword in call.keywords
-                    if keyword.arg == "over"
-                    for name in literal(keyword.value)
-                }
-    return found
-
-
-def literal(node: ast.expr) -> Iterator[str]:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
+    return set(EVENTS)
 
 
 def entries() -> dict[str, str]:
     """The catalog: text by id."""
-    text = (PROJECT / "systemd" / "snatd.catalog").read_text()
-    _, *parts = re.split(r"^-- (\w+)\n", text, flags=re.MULTILINE)
+    _, *parts = re.split(r"^-- (\w+)\n", CATALOG.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
@@ -69,6 +47,34 @@ def test_an_entry_has_a_subject_and_says_what_to_do() -> None:
         assert text.isascii()
 
 
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_entry_names_only_fields_that_the_event_always_has_once(event: str) -> None:
+    kind = EVENTS[event]
+    for name in re.findall(r"@(\w+)@", entries()[journal.message_id(event)]):
+        key = name.removeprefix("SNATD_").lower()
+        if key.removesuffix("_text") in journal._ABSENT:
+            assert key.endswith("_text"), f"{name} may be there several times, or not at all"
+            assert key.removesuffix("_text") in kind.always, name
+        else:
+            assert key in kind.always, name
+            assert not kind.may_be_none_or_several(key), name
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("whole", [True, False], ids=["several", "none"])
+def test_an_entry_shows_all_that_there_is(event: str, whole: bool) -> None:
+    sample = EVENTS[event].sample(event, whole=whole)
+    there = dict(line.split("=", 1) for line in fields(event=event, **sample))
+    text = entries()[journal.message_id(event)]
+    told = re.sub(r"@(\w+)@", lambda name: there[name[1]], text)
+    for key in (sample.keys() & journal._ABSENT.keys()) - NOT_SHOWN.get(event, set()):
+        absent = journal._ABSENT[key]
+        expected = f"first-{event}-{key} | second-{event}-{key}" if whole else absent
+        assert expected in told, key
+    assert "SNATD_" not in told
+    assert "None" not in told
+
+
 def test_a_message_id_never_changes() -> None:
     assert journal.message_id("rule_narrowed") == "80f5f203f8a25649f307b6db8cf1d174"
     assert all(re.fullmatch("[0-9a-f]{32}", one) for one in entries())
@@ -90,3 +96,28 @@ def test_lists_become_repeated_fields_and_times_microseconds() -> None:
     assert "PRIORITY=5" in lines
     assert f"MESSAGE_ID={journal.message_id('rule_narrowed')}" in lines
     assert lines[0] == "MESSAGE=rule_narrowed: writer=a (pid 1), b (pid 2) duration_ms=12.34"
+
+
+def test_what_is_not_there_has_no_field_and_is_not_in_the_message() -> None:
+    lines = fields(event="rule_narrowed", rule=None, removed=["a", "b"], writer=None)
+    assert lines[0] == "MESSAGE=rule_narrowed: removed=a | b"
+    assert [line for line in lines if line.startswith("SNATD_")] == [
+        "SNATD_EVENT=rule_narrowed",
+        "SNATD_REMOVED=a",
+        "SNATD_REMOVED=b",
+        "SNATD_REMOVED_TEXT=a | b",
+        "SNATD_RULE_TEXT=none",
+        "SNATD_WRITER_TEXT=not known",
+    ]
+
+
+def test_journald_would_throw_away_an_entry_of_too_many_fields() -> None:
+    lines = fields(event="can_snat", what=[f"rule {number}" for number in range(5000)])
+    assert len(lines) < 1000
+    assert "SNATD_WHAT=rule 0" in lines
+
+
+def test_counts_are_read_by_a_person() -> None:
+    assert "MESSAGE=summary: events=nft 3, start 1" in fields(
+        event="summary", events={"nft": 3, "start": 1}
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -11,7 +12,7 @@ from snatd.core import native
 from snatd.core.masquerade import DeviceAddress, masquerade_addresses
 from snatd.core.model import Family
 from snatd.core.networks import interface
-from snatd.core.packet import Check, Mark, holds
+from snatd.core.packet import ESTABLISHED, Check, Mark, Packet, holds
 from snatd.core.trace import before_guard, rewriters
 from snatd.core.writers import writer
 from tests.unit.test_trace import CLUSTER, EGRESS, KUBE_MARK
@@ -141,6 +142,44 @@ def test_a_match_of_nft(text: str, expected: bool | None) -> None:
     (step,) = [one for one in nft_hook("inet-odd").chains["post"] if one.text == text]
     results = {holds(one, PACKET, Mark()) for one in step.parts if isinstance(one, Check)}
     assert (False if False in results else None if None in results else True) is expected
+
+
+FORWARDED = packet(untranslated=True, came_right=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "of", "expected"),
+    [
+        ("ct status dnat accept", FORWARDED, False),
+        ("ct status snat,dnat accept", FORWARDED, False),
+        ("ct status != dnat accept", FORWARDED, True),
+        ("ct status dnat accept", PACKET, None),
+        ("ct status assured accept", FORWARDED, None),
+        ("fib saddr . mark . iif oif missing drop", FORWARDED, False),
+        ("fib saddr . iif oif exists accept", FORWARDED, True),
+        ("fib saddr . iif oif 0 drop", FORWARDED, False),
+        ("fib saddr . iif oif missing drop", PACKET, None),
+        ('fib saddr . iif oif "lo" drop', FORWARDED, None),
+        ("fib saddr oif missing drop", FORWARDED, None),
+    ],
+)
+def test_a_match_of_nft_on_forward(text: str, of: Packet, expected: bool | None) -> None:
+    shown = text.replace("iif oif missing", "mark . iif oif missing") if of is PACKET else text
+    (step,) = [one for one in nft_hook("inet-fw").chains["forward"] if one.text == shown]
+    (test,) = [one for one in step.parts if isinstance(one, Check)]
+    assert holds(test, of, Mark()) is expected
+
+
+def test_a_chain_of_nft_that_rejects() -> None:
+    hook = nft_hook("inet-fw")
+    assert hook.drops
+    left = [step for step in hook.chains["forward"] if "reject" in step.text]
+    assert verdict(replace(hook, drops=False, chains={"forward": tuple(left)})) == "dropped"
+    for text in ("tcp option maxseg size set rt mtu", "ip dscp set cs1"):
+        (step,) = [one for one in hook.chains["forward"] if text in one.text]
+        assert all(isinstance(one, Check) for one in step.parts), step
+    answer = packet(state=ESTABLISHED)
+    assert verdict(hook, of=answer) == "kept"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,9 @@ def test_who_is_gone_or_another_by_now_is_not_known(tmp_path: Path) -> None:
     assert origin.of(813, b"iptables-nft", tmp_path) is None
     process(tmp_path, 814, b"", "")
     assert origin.of(814, b"iptables-nft", tmp_path) is None
+
+
+def test_the_kernels_pids_are_those_of_the_initial_namespace(tmp_path: Path) -> None:
+    initial = os.readlink("/proc/self/ns/pid") == "pid:[4026531836]"
+    assert origin.pids_are_the_kernels() == initial
+    assert not origin.pids_are_the_kernels(tmp_path), "without /proc nobody knows"

@@ -112,6 +112,25 @@ def test_looking_writes_and_remembers_nothing() -> None:
     assert not view.in_sync
 
 
+@pytest.mark.parametrize(
+    ("rule", "backend", "tool"),
+    [
+        (BROAD.replace("-j", '-m comment --comment "a\nb" -j'), NFT, "iptables-nft"),
+        (BROAD.replace("docker0", "doc'ker0"), LEGACY, "iptables-legacy"),
+    ],
+)
+def test_what_no_restore_can_name_is_left_alone_and_reported(
+    rule: str, backend: Backend, tool: str
+) -> None:
+    rules = FakeTables(Ruleset(V4, backend, (Rule("-j A"), Rule(rule))))
+    for done in (passed(rules), passed(rules)):
+        assert rule in rules.texts
+        assert not done.view.in_sync
+        (problem,) = done.view.problems
+        assert f"`{tool} -t nat -D POSTROUTING 2`" in str(problem)
+    assert len(rules.written) <= 1, "ours, beside it"
+
+
 def test_memory_comes_before_the_write() -> None:
     tables, order = nft(BROAD), list[str]()
     tables.before_apply = lambda _: order.append("write")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -21,7 +20,6 @@ from snatd.report import (
     is_busy,
     lines,
     state,
-    status_lines,
 )
 from tests.fakes import (
     BROAD,
@@ -212,43 +210,6 @@ def test_only_rules_of_ours_are_listed_as_ours() -> None:
     assert found["postrouting_rules"] == 2
 
 
-DAEMONS_WORD: dict[str, Any] = {
-    "suspects": [],
-    "proof": {"proved_at": None, "probed_at": None, "probes": [], "wrong": []},
-    "flows": [],
-    "status": "in sync: all well; 3 repairs",
-    "since": "2024-01-01T00:00:00.000+00:00",
-    "repairs": 3,
-    "last_repair": {"at": "today", "writers": ["dockerd (pid 7)"]},
-    "last_event": {"at": "now", "source": "nft", "writer": None},
-    "last_pass": {"at": "now", "duration_ms": 4.2, "trigger": "nft"},
-    "pid": 42,
-    "mode": "enforce",
-    "version": "1.0",
-}
-
-
-def test_the_daemons_word_for_people() -> None:
-    found = status_lines({**document(seen(OURS)), **DAEMONS_WORD})
-    assert found[0] == "in sync: all well; 3 repairs"
-    rows = [" ".join(line.split()) for line in found]
-    assert "subnet 172.7.21.0/24 on docker0" in rows
-    assert f"-A POSTROUTING {OURS}" in rows
-    assert "repairs 3, last today, after dockerd (pid 7)" in rows
-    assert "last event now nft" in rows
-    assert "daemon pid 42, enforce, 1.0" in rows
-
-
-def test_the_daemons_first_word() -> None:
-    word = {**DAEMONS_WORD, "last_repair": None, "last_event": None, "last_pass": None}
-    held = document(View(node(), {V4: wish(node(None, LO))}, problems=(PROBLEM,)))
-    rows = [" ".join(line.split()) for line in status_lines({**held, **word})]
-    assert "subnet 172.7.21.0/24 on no bridge yet" in rows
-    assert "repairs 3" in rows
-    assert any(row.startswith("waiting no device carries 172.7.21.1/24") for row in rows)
-    assert "problem table `nat' is incompatible" in rows
-
-
 def with_guard(counted: Counters | None = None, *, planned: bool = False) -> View:
     ruleset = Ruleset(V4, Backend.GUARD, guard_rules(wish(), (0x4000,)))
     if counted:
@@ -258,15 +219,13 @@ def with_guard(counted: Counters | None = None, *, planned: bool = False) -> Vie
     return View(wanted={V4: wish()}, rulesets=(ruleset,), plan=(plan,) if plan and planned else ())
 
 
-def test_the_guard_in_the_document_and_for_people() -> None:
+def test_the_guard_in_the_document() -> None:
     view = with_guard(Counters(7, 420))
     found = document(view)
     assert found["guard"] == [
         {"family": "ipv4", "in_place": True, "connections": 7, "why_not": None}
     ]
     assert found["rulesets"] == [], "it is no ruleset of iptables"
-    rows = [" ".join(line.split()) for line in status_lines({**found, **DAEMONS_WORD})]
-    assert "ipv4 guard in place, kept the address of 7 connections" in rows
 
 
 def test_a_guard_that_is_to_be_written_is_not_in_place() -> None:
@@ -284,58 +243,3 @@ def test_without_a_guard_it_says_so_everywhere() -> None:
     assert "no guard: ipv4 guard: Operation not supported" in lines(view, ())
     found = document(view)
     assert found["guard"][0]["why_not"] == "Operation not supported"
-    rows = [" ".join(line.split()) for line in status_lines({**found, **DAEMONS_WORD})]
-    assert "ipv4 guard not in place: Operation not supported" in rows
-
-
-def evidence(**parts: Any) -> list[str]:
-    word = {**document(seen(OURS)), **DAEMONS_WORD, **parts}
-    return [" ".join(line.split()) for line in status_lines(word)]
-
-
-def suspect(**parts: Any) -> dict[str, Any]:
-    empty = {"family": "ipv4", "none": False, "rules": [], "before_guard": [], "unknown": []}
-    return {**empty, **parts}
-
-
-@pytest.mark.parametrize(
-    ("part", "row"),
-    [
-        ({"none": True}, "ipv4 rules none on this node can SNAT unmarked cluster traffic"),
-        (
-            {"rules": ["ip nat X rule 1: y"]},
-            "ipv4 rules can SNAT cluster traffic: ip nat X rule 1: y",
-        ),
-        (
-            {"before_guard": ["ip early post"]},
-            "asked before the guard, or may be: nat chain ip early post",
-        ),
-        (
-            {"unknown": ["no nft"]},
-            "ipv4 rules not known whether one can SNAT cluster traffic: no nft",
-        ),
-    ],
-)
-def test_the_suspects_for_people(part: dict[str, Any], row: str) -> None:
-    assert row in evidence(suspects=[suspect(**part)])
-
-
-def test_the_proof_for_people() -> None:
-    probes = [
-        {"kept": kept, "inside": inside}
-        for kept, inside in [(True, True), (False, True), (None, True), (False, False)]
-    ]
-    rows = evidence(
-        proof={"proved_at": None, "probed_at": "now", "probes": probes, "wrong": ["x sees y"]}
-    )
-    said = "3 datagrams to neighbours: 1 kept, 1 SNATed, 1 without an answer"
-    assert rows[rows.index(f"proof now {said}") + 1] == "x sees y"
-    proof = {"proved_at": "now", "probed_at": "now", "probes": probes[:1], "wrong": []}
-    assert any(row.endswith("0 without an answer, proved") for row in evidence(proof=proof))
-
-
-def test_the_flows_for_people() -> None:
-    counted = {"family": "ipv4", "stale": 2, "deleted": 1, "kept_since": 31, "changed_since": 0}
-    rows = evidence(flows=[{**counted, "since": "noon"}])
-    assert "ipv4 flows 31 kept, 0 changed since noon; 2 wrong, 1 deleted" in rows
-    assert not any("flows" in row for row in evidence(flows=[{**counted, "since": None}]))

@@ -11,7 +11,15 @@ import pytest
 
 from snatd.core.errors import BackendBusy, BackendFailed, RuleError
 from snatd.core.saved import Edited
-from snatd.host.saved_rules import Outcome, SavedFile, State, find, rewrite, signature
+from snatd.host.saved_rules import (
+    Outcome,
+    SavedFile,
+    State,
+    drop_backup,
+    find,
+    rewrite,
+    signature,
+)
 from tests.fakes import V4, V6
 
 Test = Callable[[bytes], None]
@@ -222,3 +230,23 @@ def test_the_files_of_a_setting(tmp_path: Path) -> None:
         ("x", V4),
     ):
         assert find(str(tmp_path / name)) == (SavedFile(family, tmp_path / name),)
+
+
+def test_a_backup_goes_only_if_its_file_says_the_same(path: Path) -> None:
+    backup = path.with_name("rules.v4.snatd-backup")
+    assert drop_backup(path) is None
+    backup.write_bytes(b"other\n")
+    assert drop_backup(path) == backup
+    link = path.with_name("link")
+    link.symlink_to(path)
+    path.write_bytes(b"other\n")
+    assert drop_backup(link) is None
+    assert not backup.exists()
+    # Whatever else may stand there is neither followed nor waited for.
+    for make in (os.mkfifo, os.mkdir, lambda at: os.symlink("/nowhere", at)):
+        make(backup)
+        assert drop_backup(path) == backup
+        backup.rmdir() if backup.is_dir() else backup.unlink()
+    backup.write_bytes(b"other\n")
+    path.unlink()
+    assert drop_backup(path) == backup

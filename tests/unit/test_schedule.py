@@ -166,6 +166,18 @@ def test_a_fight_gives_no_free_repairs_back() -> None:
     assert done(schedule, 31.0, repaired=True).lost_rounds == 2
 
 
+def test_at_rest_all_free_repairs_are_there() -> None:
+    schedule = done(quiet(0.0), 1.0, repaired=True)
+    assert quiet(0.0).rested(1.0)
+    assert not schedule.rested(1.5)
+    assert schedule.rested(2.0)
+    for _ in range(20):
+        schedule = done(schedule, 1.0, repaired=True)
+    assert not schedule.rested(100.0), "a fight is no rest, however far apart its repairs are"
+    schedule = done(schedule, 100.0)
+    assert schedule.rested(100.0)
+
+
 def test_in_a_fight_the_resync_still_comes() -> None:
     schedule = Schedule(5.0, lost_rounds=10, ended_s=0.0, asked=True)
     assert schedule.due_s(0.0) == 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from snatd.core.model import Family, Policy
 from snatd.core.packet import (
     ALL_BITS,
+    ESTABLISHED,
     Check,
     Device,
     Field,
@@ -17,6 +19,7 @@ from snatd.core.packet import (
     Mark,
     Marked,
     OfType,
+    Packet,
     SetMark,
     Step,
     Within,
@@ -218,6 +221,12 @@ MATCHES = [
     ('-m comment --comment "! -s 10.0.0.0/8 -j RETURN"', True),
     ("-m comment --comment a -m comment --comment b", True),
     ("-p udp -m udp --dport 5000 -m owner --uid-owner 0", None),
+    ("-i docker0", True),
+    ("-i dock+", True),
+    ("! -i docker0", False),
+    ("-i eth0 -o eth0", False),
+    ("-m rpfilter --validmark --invert", None),
+    ("-p udp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", None),
 ]
 
 
@@ -225,6 +234,44 @@ MATCHES = [
 def test_a_match_of_iptables(match: str, expected: bool | None) -> None:
     seen = verdict(xtables_hook(f"POSTROUTING {match} -j MASQUERADE"))
     assert seen == {True: str(NODE), False: "kept", None: "may"}[expected]
+
+
+ANSWER = packet(state=ESTABLISHED, protocol=6, untranslated=True)
+FIRST = packet(protocol=6, untranslated=True, came_right=True)
+WRONG = packet(protocol=6, came_right=False)
+
+
+@pytest.mark.parametrize(
+    ("match", "of", "expected"),
+    [
+        ("-m conntrack --ctstate RELATED,ESTABLISHED", ANSWER, True),
+        ("-m conntrack --ctstate NEW", ANSWER, False),
+        ("-m state --state INVALID", ANSWER, False),
+        ("-m conntrack --ctstate DNAT", FIRST, False),
+        ("-m conntrack --ctstate NEW,DNAT", FIRST, True),
+        ("-m conntrack --ctstate SNAT,DNAT", PACKET, None),
+        ("-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", FIRST, True),
+        ("-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN", FIRST, False),
+        ("-p tcp -m tcp --tcp-flags SYN,FIN NONE", FIRST, False),
+        ("-p tcp -m tcp --tcp-flags FIN,RST NONE", FIRST, True),
+        ("-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", ANSWER, None),
+        ("-m rpfilter --validmark --invert", FIRST, False),
+        ("-m rpfilter --validmark --invert", WRONG, True),
+        ("-m rpfilter --loose", FIRST, True),
+    ],
+)
+def test_a_match_about_the_connection(match: str, of: Packet, expected: bool | None) -> None:
+    seen = verdict(xtables_hook(f"POSTROUTING {match} -j MASQUERADE"), of=of)
+    assert seen == {True: str(NODE), False: "kept", None: "may"}[expected]
+
+
+def test_prerouting_comes_before_forward_whatever_their_priorities() -> None:
+    """A mark that is set on the way in is seen on the way through."""
+    mark = replace(xtables_hook("POSTROUTING -j MARK --set-xmark 0x1/0xffffffff"), priority=50)
+    drop = xtables_hook("POSTROUTING -m mark --mark 0x1 -j DROP", priority=-50)
+    way = (replace(mark, hook="prerouting"), replace(drop, hook="forward"))
+    assert verdict(*way) == verdict(*reversed(way)) == "dropped"
+    assert verdict(replace(mark, hook="forward"), replace(drop, hook="prerouting")) == "kept"
 
 
 @pytest.mark.parametrize(
@@ -246,7 +293,11 @@ def test_a_match_of_iptables(match: str, expected: bool | None) -> None:
         ("-j ACCEPT", "kept"),
         ("-j RETURN", "kept"),
         ("-j DROP", "dropped"),
+        ("-j REJECT --reject-with icmp-port-unreachable", "dropped"),
         ("-j LOG --log-prefix x", "later"),
+        ("-j TCPMSS --clamp-mss-to-pmtu", "later"),
+        ("-j CT --helper ftp", "later"),
+        ("-j CT --notrack", "may"),
         ("-j CONNMARK --save-mark", "later"),
         ("-m comment --comment counted", "later"),
         ("-j NFQUEUE --queue-num 0", "may"),

@@ -1,0 +1,290 @@
+"""What other programs' rules do to cluster traffic, or would do without the guard, as findings.
+
+Pure. What a rule can do is decided in `trace`, what is to be done about it in `plan`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from snatd.core.desired import Desired
+from snatd.core.docker import Docker
+from snatd.core.errors import RuleError
+from snatd.core.finding import Finding, Severity
+from snatd.core.model import POSTROUTING, Backend, Family, count
+from snatd.core.packet import Check, Hook, Marked
+from snatd.core.plan import Change, Transaction
+from snatd.core.rules import parse, tokens
+from snatd.core.trace import GUARD_PRIORITY, Answer, Place
+from snatd.core.writers import UNKNOWN, told, writer
+
+# More lines of evidence nobody reads.
+_MOST_LINES = 8
+
+# Where a rule of a kind that cannot be narrowed comes from, and how it ends there.
+_AT_ITS_SOURCE = {
+    "Docker": (
+        '# put "ip-masq": false into /etc/docker/daemon.json, then:',
+        "systemctl restart docker",
+    ),
+    "CNI bridge": ('# "ipMasq": false in /etc/cni/net.d, for pods that are made after that',),
+    "ip-masq-agent": ("# put the cluster network into its list nonMasqueradeCIDRs",),
+    "firewalld": ("# firewall-cmd --permanent --zone=ZONE --remove-masquerade, and --reload",),
+    "systemd-networkd": (
+        "# take IPMasquerade= out of the .network file, then:",
+        "networkctl reload",
+    ),
+    "flannel": ("systemctl restart flanneld",),
+}
+_TABLES = {
+    (family, backend): f"{legacy}{ip} nat"
+    for family, ip in ((Family.V4, "ip"), (Family.V6, "ip6"))
+    for backend, legacy in ((Backend.NFT, ""), (Backend.LEGACY, "legacy "))
+}
+_COMMANDS = {
+    table: f"{family.command}-{backend.value}" for (family, backend), table in _TABLES.items()
+}
+
+# Table, chain and text of a rule.
+Where = tuple[str, str, str]
+
+
+def iptables_of(table: str) -> str | None:
+    """The command that a table of iptables belongs to, by its name in a Hook."""
+    return _COMMANDS.get(table)
+
+
+def rule_command(command: str, how: str, chain: str, text: str) -> str:
+    """A rule's deletion (-D) or addition (-A) for a shell, whatever the rule's strings hold."""
+    words = [token.value for token in tokens(text)]
+    return shlex.join([command, "-t", "nat", how, chain, *words])
+
+
+def some(lines: Sequence[str], mark: str = "") -> tuple[str, ...]:
+    """As many of them as anybody reads. `mark`: in front of the number of the others."""
+    more = len(lines) - _MOST_LINES
+    return (*lines[:_MOST_LINES], *((f"{mark}and {more} more",) if more > 0 else ()))
+
+
+def drift(
+    one: Transaction, guarded: bool, dockers: Sequence[Docker], cure: tuple[str, ...]
+) -> Iterator[Finding]:
+    """What a transaction of the plan is about, reason by reason."""
+    change = some([f"- {line}" for line in one.removed] + [f"+ {line}" for line in one.added])
+    for reason in one.reasons:
+        match reason.change:
+            case Change.NARROWED:
+                yield _broad(one, guarded, dockers, cure)
+            case Change.ADDED:
+                yield Finding(
+                    "no_egress",
+                    Severity.ERROR,
+                    "nothing masquerades what this node's containers send outside",
+                    (f"{one.family.command}-{one.backend.value} -t nat: {reason.why}",),
+                    "who is asked by a container does not know the way back, and no answer comes",
+                    cure,
+                )
+            case Change.GUARD_WRITTEN:
+                yield Finding(
+                    "guard_missing",
+                    Severity.WARNING,
+                    "the guard is not in place, or not as it should be",
+                    change,
+                    "whoever writes a broad rule hides containers until it is mended",
+                    cure,
+                )
+            case _:
+                yield Finding(
+                    "stale_rule",
+                    Severity.WARNING,
+                    "rules of snatd's own are not what they should be",
+                    change,
+                    reason.why,
+                    cure,
+                )
+
+
+def replaced(one: Transaction) -> tuple[Where, ...]:
+    """The rules of others that a transaction takes out of POSTROUTING."""
+    texts = [line.removeprefix(f"-A {POSTROUTING} ") for line in one.removed]
+    table = _TABLES.get((one.family, one.backend), "")
+    return tuple(
+        (table, POSTROUTING, text)
+        for text in texts
+        if table and writer(table, POSTROUTING, text) != "snatd"
+    )
+
+
+def _broad(
+    one: Transaction, guarded: bool, dockers: Sequence[Docker], cure: tuple[str, ...]
+) -> Finding:
+    remedy = list(cure)
+    evidence = []
+    by_docker = False
+    for table, chain, text in replaced(one):
+        who = writer(table, chain, text)
+        by_docker = by_docker or who == "Docker"
+        by = "" if who == UNKNOWN else f" (written by {who})"
+        evidence.append(f"{iptables_of(table)} -t nat: -A {chain} {text}{by}")
+    for docker in dockers if by_docker else ():
+        on, why = docker.masquerades()
+        evidence.append(why if on else f"{why}, so dockerd will not write it again")
+        remedy += _AT_ITS_SOURCE["Docker"] if on else ()
+    return Finding(
+        "broad_rule",
+        Severity.WARNING if guarded else Severity.ERROR,
+        "a rule hides containers from other nodes"
+        + (" as soon as the guard is gone" if guarded else ""),
+        tuple(evidence),
+        "other nodes see this node's address instead of the container's",
+        tuple(dict.fromkeys(remedy)),
+    )
+
+
+def can_snat(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
+    """The rules that can SNAT cluster traffic; those for certain are graver."""
+    for certain in (True, False):
+        some_answers = [one for one in answers if certain == (not one.why)]
+        if some_answers:
+            yield Finding(
+                "can_snat",
+                Severity.ERROR if certain else Severity.WARNING,
+                f"a rule hides containers of {wanted.subnet} from {wanted.inside}"
+                + ("" if certain else " under conditions"),
+                some([told(one) for one in some_answers]),
+                "other nodes see another address than the container's",
+                _remedies(some_answers),
+            )
+
+
+def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
+    """`answers`: what could, if there were no guard."""
+    if answers:
+        yield Finding(
+            "only_guarded",
+            Severity.INFO,
+            f"without the guard {count(len(answers), 'rule')} could hide containers of "
+            f"{wanted.subnet}",
+            some([told(one) for one in answers]),
+            "these cannot be narrowed in their place; the guard makes them harmless",
+            _remedies(answers),
+        )
+
+
+def _remedies(answers: Iterable[Answer]) -> tuple[str, ...]:
+    places = [one.place for one in answers if one.place]
+    return some(tuple(dict.fromkeys(line for one in places for line in _remedy(one))), "# ")
+
+
+def _remedy(place: Place) -> tuple[str, ...]:
+    text = place.step.text
+    who = writer(place.table, place.chain, text)
+    if who in _AT_ITS_SOURCE:
+        return _AT_ITS_SOURCE[who]
+    command = iptables_of(place.table)
+    if who == UNKNOWN and command:
+        # What iptables could not print, nft did, in its own language.
+        with suppress(RuleError):
+            if parse(text).target:
+                return (rule_command(command, "-D", place.chain, text),)
+    return (f"# whose it is ({who}) has to leave the cluster network out of it: {place}",)
+
+
+def before_guard(hooks: Iterable[Hook]) -> Iterator[Finding]:
+    """Nat chains that the kernel asks before the guard, or may."""
+    for hook in hooks:
+        yield Finding(
+            "before_guard",
+            Severity.WARNING,
+            "another program's nat chain is asked before the guard, or may be",
+            (f"nat chain {hook}",),
+            "what it rewrites the guard cannot keep",
+            (
+                shlex.join(["nft", "list", "chain", *hook.table.split(" "), hook.chain]),
+                f"# whose it is has to give it a priority above {GUARD_PRIORITY}; 100 is usual",
+            ),
+        )
+
+
+def no_guard(family: Family, why: str) -> Iterator[Finding]:
+    """`why`: what nft or the kernel said."""
+    yield Finding(
+        "no_guard",
+        Severity.WARNING,
+        f"there is no guard for {family.value}: this node cannot have it",
+        (why,),
+        "only rules whose source is exactly the subnet are mended, and each only after it was "
+        "written",
+        (
+            *(
+                ("apt-get install nftables", "# Fedora, EL: dnf install nftables")
+                if "is not installed" in why
+                else ("# run a kernel with nf_tables and its nat chains (CONFIG_NFT_NAT)",)
+            ),
+            '# or accept it: guard = "off" in snatd.toml',
+        ),
+    )
+
+
+def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[Finding]:
+    """Marks by which kube-proxy and host ports ask for masquerade here, and the guard keeps."""
+    found: dict[int, str] = {}
+    for hook in hooks:
+        of_kube_proxy = hook.table.endswith(" kube-proxy")
+        for chain, steps in hook.chains.items():
+            if of_kube_proxy or chain.startswith(_BY_MARK):
+                for step in steps:
+                    for part in step.parts:
+                        if isinstance(part, Check) and isinstance(part.what, Marked):
+                            found.setdefault(part.what.mask, f"{hook.table} {chain}: {step.text}")
+    known = sum(set(masquerade_marks))
+    for mask, where in found.items():
+        if not mask & ~known:
+            continue
+        bits = sorted({*masquerade_marks, *(1 << n for n in range(32) if mask >> n & 1)})
+        listed = ", ".join(f'"{bit:#x}"' for bit in bits)
+        yield Finding(
+            "unknown_mark",
+            Severity.WARNING,
+            f"traffic that asks for masquerade by the mark {mask:#x} does not get it",
+            (where, f"masquerade_marks = {', '.join(map(hex, sorted(masquerade_marks)))}"),
+            "the guard lets it keep its address, and the answer may take a way on which nobody "
+            "waits for it",
+            (
+                f"# masquerade_marks = [{listed}] in snatd.toml, then:",
+                "systemctl reload snatd",
+            ),
+        )
+
+
+_BY_MARK = ("KUBE-POSTROUTING", "CNI-HOSTPORT-MASQ", "NETAVARK-HOSTPORT-MASQ")
+
+
+def both_backends(
+    family: Family, foreign: Mapping[Backend, Sequence[str]], iptables_is: Backend
+) -> Iterator[Finding]:
+    """`foreign`: the rules of others in each backend's nat POSTROUTING."""
+    if not (foreign.get(Backend.NFT) and foreign.get(Backend.LEGACY)):
+        return
+    other = Backend.LEGACY if iptables_is is Backend.NFT else Backend.NFT
+    command = f"{family.command}-{other.value}"
+    yield Finding(
+        "legacy_and_nft",
+        Severity.WARNING,
+        f"{family.value} rules stand in legacy and in nft tables",
+        tuple(
+            f"{family.command}-{backend.value} -t nat: {count(len(texts), 'rule')} of others in "
+            f"{POSTROUTING}, the first: {texts[0]}"
+            for backend, texts in foreign.items()
+        ),
+        "a packet passes through both, and whoever looks at one does not see the other",
+        (
+            f"{command}-save",
+            f"# restart what wrote them, so that it writes to {iptables_is.value} tables, as the "
+            f"node's {family.command} does; then:",
+            f"{command} -t nat -F",
+            f"{command} -t nat -X",
+        ),
+    )

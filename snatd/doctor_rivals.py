@@ -1,0 +1,255 @@
+"""The checks of `doctor` on what other programs write and are told to do, and on snatd's own start.
+
+Each reads what it is about and asks `core`. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snatd import suspects, told
+from snatd.core import boot, docker, programs, rivals
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired
+from snatd.core.errors import RuleError
+from snatd.core.finding import Finding, Severity
+from snatd.core.flannel_rules import early_rules, flannel_rules
+from snatd.core.model import Backend, Family, GuardPolicy, Lease
+from snatd.core.packet import Hook
+from snatd.core.rules import is_ours
+from snatd.core.saved import bring_in_line
+from snatd.core.trace import Answer, rewriters, without_guard
+from snatd.core.word import Word
+from snatd.host import files, processes, status
+from snatd.host.docker import NAMES, read_dockers
+from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
+from snatd.kernel.tools import Tools
+
+if TYPE_CHECKING:
+    from snatd.doctor import Examined
+
+Found = Iterator[Finding]
+
+_LIMIT_S = 10.0
+_SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
+_CHECK_ORDER = "/usr/libexec/snatd/check-order"
+_PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,After,Before"
+_SYSCONFIG = (Path("/etc/sysconfig/iptables-config"), Path("/etc/sysconfig/ip6tables-config"))
+_LARGEST_TEXT_BYTES = 1 << 20
+# Where these run, CNI gives containers their addresses, and Docker does something else.
+_WITH_CNI = ("kubelet", *programs.K3S)
+_PROGRAMS = (*NAMES, *_WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
+
+
+def _deadline() -> Deadline:
+    return Deadline(time.monotonic() + _LIMIT_S)
+
+
+def _drift(examined: Examined) -> Found:
+    """What snatd itself would change, and the guard that it cannot have."""
+    settings, view = examined.settings, examined.view
+    cure: tuple[str, ...] = ('# mode = "enforce" in snatd.toml, then:', "systemctl reload snatd")
+    if settings.mode == "enforce":
+        cure = ("snatd apply",)
+    planned = {one.family for one in view.plan if one.backend is Backend.GUARD}
+    said = _refused_guards(_said(status.StatusFile(settings.runtime_dir).word()) or {})
+    refused = {family: why for family, why in said.items() if family in planned}
+    refused |= {one.family: str(one) for one in view.unguarded if one.family}
+    dockers = read_dockers(processes.find(NAMES)) if view.plan else ()
+    for one in view.plan:
+        if one.backend is not Backend.GUARD or one.family not in refused:
+            yield from rivals.drift(one, _is_guarded(examined, one.family), dockers, cure)
+    for wanted in view.leased:
+        if wanted.family in refused:
+            yield from rivals.no_guard(wanted.family, refused[wanted.family])
+
+
+def _refused_guards(daemon: Mapping[str, Any]) -> dict[Family, str]:
+    """Which guards the daemon could not make, and why: a look alone does not try."""
+    try:
+        said = {Family(one["family"]): one["why_not"] for one in daemon.get("guard", ())}
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {
+        family: why for family, why in said.items() if why not in (None, "off", "to be written")
+    }
+
+
+def _is_guarded(examined: Examined, family: Family) -> bool:
+    """Whether the guard is in place as it should be."""
+    where = (family, Backend.GUARD)
+    there = any(
+        (one.family, one.backend) == where and one.postrouting for one in examined.view.rulesets
+    )
+    return there and not any((one.family, one.backend) == where for one in examined.view.plan)
+
+
+def _rules(examined: Examined) -> Found:
+    """What the rules of this node can do to cluster traffic, whoever wrote them."""
+    marks = examined.settings.marks
+    for found in suspects.find_suspects(examined.leased, marks, examined.tools, _deadline()):
+        for why in found.unknown:
+            yield Finding(
+                "rules_unread",
+                Severity.INFO if found.hooks else Severity.WARNING,
+                f"not all {found.desired.family.value} nat rules could be read",
+                (why,),
+                "whether one of them hides containers is not known",
+                ("snatd check",),
+            )
+        if found.hooks is not None:
+            yield from _suspects(examined, found, found.hooks.hooks)
+
+
+def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, ...]) -> Found:
+    wanted, settings = found.desired, examined.settings
+    yield from flannel_rules(hooks, wanted, {_where(one) for one in found.rules})
+    # What is told already, with a remedy of its own, is not told again.
+    known = {
+        *early_rules(hooks, wanted),
+        *(where for one in examined.view.plan for where in rivals.replaced(one)),
+    }
+    yield from rivals.can_snat(wanted, _others(found.rules, known))
+    if _is_guarded(examined, wanted.family):
+        yield from rivals.before_guard(found.earlier)
+        would = rewriters(without_guard(hooks), found.packets)
+        yield from rivals.only_guarded(wanted, _others(would, known))
+    if settings.policy.guard is not GuardPolicy.OFF:
+        yield from rivals.marks(hooks, settings.masquerade_marks)
+
+
+def _where(answer: Answer) -> rivals.Where | None:
+    place = answer.place
+    return (place.table, place.chain, place.step.text) if place else None
+
+
+def _others(answers: tuple[Answer, ...], known: Collection[rivals.Where]) -> list[Answer]:
+    return [one for one in answers if _where(one) not in known]
+
+
+def _backends(examined: Examined) -> Found:
+    if examined.node is None:
+        return
+    for wanted in examined.leased:
+        foreign: dict[Backend, list[str]] = {
+            one.backend: [rule.text for rule in one.postrouting if not is_ours(rule)]
+            for one in examined.view.rulesets
+            if one.family is wanted.family and one.backend is not Backend.GUARD
+        }
+        yield from rivals.both_backends(wanted.family, foreign, examined.node.iptables_is)
+
+
+def _programs(examined: Examined) -> Found:
+    """How Docker, flannel and kube-proxy were started, and whether snatd was more than once."""
+    there = processes.find(_PROGRAMS)
+    by_cni = any(one.name in _WITH_CNI for one in there)
+    lease = examined.node.lease if examined.node else None
+    for dockerd in read_dockers(there):
+        yield from docker.file(dockerd)
+        if isinstance(lease, Lease):
+            yield from docker.masquerade(dockerd, lease, examined.leased)
+            for family, leased in lease.families:
+                of_family = examined.view.wanted.get(family)
+                if isinstance(of_family, Desired):
+                    yield from docker.bip(dockerd, leased.gateway, of_family, by_cni=by_cni)
+    for wanted in examined.leased:
+        yield from docker.networks(examined.node.links if examined.node else (), wanted)
+    if isinstance(lease, Lease):
+        yield from _lease(examined.settings.subnet_file, there)
+    for one in there:
+        if one.name == programs.KUBE_PROXY:
+            yield from programs.kube_proxy(one, _config_of(one), examined.leased)
+    yield from programs.several_snatd(there)
+
+
+def _lease(path: Path, there: tuple[programs.Process, ...]) -> Found:
+    with suppress(OSError):
+        file = os.stat(path)
+        yield from programs.lease_of_flannel(
+            there,
+            str(path),
+            age_s=time.time() - file.st_mtime,
+            uptime_s=processes.uptime_s(),
+            lasts=file.st_dev != os.stat(_VOLATILE).st_dev,
+        )
+
+
+def _config_of(one: programs.Process) -> str:
+    """The file that a program was told to read, "" where there is none."""
+    path = programs.options(one, ("config",)).get("config")
+    with suppress(OSError, files.FileRefused):
+        if path:
+            content = files.read_bounded(Path(one.path(path)), _LARGEST_TEXT_BYTES)
+            return content.decode(errors="replace")
+    return ""
+
+
+def _saved(examined: Examined) -> Found:
+    """What the saved rules files would bring back."""
+    settings, node = examined.settings, examined.node
+    enforced = settings.mode == "enforce" and node is not None
+    kept = {one.path for one in find(settings.saved_rules) if enforced}
+    if node and settings.policy.backend not in (None, node.iptables_is):
+        kept = set()
+    for one in dict.fromkeys((*find(settings.saved_rules), *find("auto"))):
+        try:
+            content = files.read_bounded(one.path, LARGEST_FILE_BYTES)
+            yield from boot.frozen_chains(str(one.path), content, kept=one.path in kept)
+            wanted = examined.view.wanted.get(one.family)
+            if isinstance(wanted, Desired) and node:
+                edited = bring_in_line(content, wanted, node.iptables_is)
+                yield from boot.saved_rules(str(one.path), edited, kept=one.path in kept)
+        except FileNotFoundError:
+            continue
+        except (RuleError, files.FileRefused) as error:
+            yield boot.not_understood(str(one.path), (str(error),))
+        except OSError as error:
+            yield boot.not_understood(str(one.path), (f"cannot be read: {error.strerror}",))
+    for path in _SYSCONFIG:
+        with suppress(OSError, files.FileRefused):
+            text = files.read_bounded(path, _LARGEST_TEXT_BYTES).decode(errors="replace")
+            yield from boot.saves_live_rules(str(path), text)
+
+
+def _daemon(examined: Examined) -> Found:
+    """Whether snatd itself runs, and will after the next boot."""
+    word = status.StatusFile(examined.settings.runtime_dir).word()
+    shown: dict[str, str] = {}
+    if _SYSTEMD.is_dir():
+        shown = _shown(examined.tools)
+        if os.access(_CHECK_ORDER, os.X_OK):
+            yield from boot.order_cycle(examined.tools.run([_CHECK_ORDER, "units"], _deadline()))
+    yield from boot.unit(shown)
+    if word.life.runs is False:
+        yield from boot.not_running(shown, drift=bool(examined.view.plan))
+    elif word.life.is_stale:
+        yield from boot.not_answering(told.document(word, status.SCHEMA)["status"])
+    with suppress(*told.NOT_WHOLE):
+        refused = (_said(word) or {}).get("configuration_refused")
+        yield from boot.configuration_refused(refused["why"] if refused else ())
+
+
+def _said(word: Word) -> dict[str, Any] | None:
+    """What the daemon says of itself, as long as that counts."""
+    return word.document if word.counts else None
+
+
+def _shown(tools: Tools) -> dict[str, str]:
+    said = tools.run(["systemctl", "show", f"--property={_PROPERTIES}", boot.UNIT], _deadline())
+    pairs = (line.partition("=") for line in said.splitlines())
+    return {key: value for key, _, value in pairs}
+
+
+CHECKS: tuple[Callable[[Examined], Found], ...] = (
+    _drift,
+    _rules,
+    _backends,
+    _programs,
+    _saved,
+    _daemon,
+)

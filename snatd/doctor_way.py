@@ -1,0 +1,348 @@
+"""`snatd doctor`: reads what the checks of the packets' way are asked about, and asks them.
+
+Which other programs write what is not looked at here. Decides nothing: `core.way`, `routes`,
+`sizes` and `passage` do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snatd.core import passage, routes, sizes, way
+from snatd.core.deadline import Deadline
+from snatd.core.desired import Desired
+from snatd.core.finding import Finding, Severity
+from snatd.core.model import Address, Family, Hold, Lease, Network
+from snatd.core.networks import contains, subtract
+from snatd.core.packet import Hook, address_types
+from snatd.core.passage import Leg, Rules
+from snatd.core.proof import Route, unused_address
+from snatd.core.surroundings import UNICAST, Device, Hop, Surroundings, into
+from snatd.kernel.hooks import (
+    FORWARD,
+    INPUT,
+    PREROUTING,
+    Hooks,
+    Kind,
+    has_kube_proxy,
+    read_hooks,
+)
+from snatd.kernel.sysctls import read_counter, read_number, read_sysctl, read_table
+
+if TYPE_CHECKING:
+    from snatd.doctor import Examined
+
+Found = Iterator[Finding]
+
+# Of each look at rules, which takes some milliseconds, and at connections, of which a part will do.
+_LIMIT_S, _CONNECTIONS_S = 5.0, 1.0
+# Routes that are asked of the kernel one by one, 1 ms each.
+_MOST_ROUTES = 32
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One family with a bridge. `spare`: an address of the subnet that no container has. `there`:
+    the routes into the networks; `legs`: what is behind them. `tells`: whether the kernel says
+    where it would forward to, and nothing is known to be wrong with the bridge."""
+
+    leased: Desired
+    bridge: str
+    spare: Address
+    around: Surroundings
+    there: tuple[Hop, ...]
+    legs: tuple[Leg, ...]
+    tells: bool
+
+    @property
+    def coming_in(self) -> tuple[str, ...]:
+        """The devices by which the containers' packets come in, from here and from there."""
+        return tuple(dict.fromkeys((self.bridge, *(leg.device for leg in self.legs))))
+
+
+def read_reached(examined: Examined) -> tuple[Reached, ...]:
+    """Raises BackendError."""
+    from snatd.kernel.links import read_surroundings
+
+    return tuple(
+        _reached(one, one.bridge, examined, read_surroundings(one.family, examined.devices))
+        for one in examined.leased
+        if isinstance(one.bridge, str)
+    )
+
+
+def _reached(leased: Desired, bridge: str, examined: Examined, around: Surroundings) -> Reached:
+    assert examined.node is not None
+    own = {address.ip for link in examined.node.links for address in link.addresses}
+    used = own | {one.address for one in around.neighbours}
+    known = [Route(one.destination, "") for one in around.routes]
+    spare = unused_address(leased.subnet, used, known) or leased.subnet.broadcast_address
+    there = into(around.routes, leased.networks, leased.subnet)
+    legs = _legs(leased, there) or _by_default(leased)
+    device, lease = around.device(bridge), examined.node.lease
+    of_family = None if isinstance(lease, Hold) else lease.of(leased.family)
+    carriers = [
+        link for link in examined.node.links if of_family and of_family.gateway in link.addresses
+    ]
+    forwards = read_sysctl(way.FORWARDING[leased.family].all) != "0"
+    tells = forwards and len(carriers) == 1 and device is not None and device.up
+    return Reached(leased, bridge, spare, around, there, legs, tells)
+
+
+def _legs(leased: Desired, there: tuple[Hop, ...]) -> tuple[Leg, ...]:
+    behind: dict[str, list[Network]] = {}
+    for one in there:
+        if one.kind == UNICAST and one.device not in ("", leased.bridge):
+            inside = any(contains(some, one.destination) for some in leased.networks)
+            wide = [some for some in leased.networks if contains(one.destination, some)]
+            parts = subtract([one.destination] if inside else wide, leased.subnet)
+            behind.setdefault(one.device, []).extend(parts)
+    return tuple(Leg(device, tuple(dict.fromkeys(parts))) for device, parts in behind.items())
+
+
+def _by_default(leased: Desired) -> tuple[Leg, ...]:
+    """Where no route tells: what the kernel would do with the first of each network."""
+    from snatd.kernel.links import find_route
+
+    for network in leased.networks:
+        for part in subtract((network,), leased.subnet)[:1]:
+            found = find_route(_first(part))
+            if found is not None and not found.local:
+                return (Leg(found.device, (part,)),)
+    return ()
+
+
+def _first(network: Network) -> Address:
+    """What a container may have there."""
+    return network.network_address + min(2, network.num_addresses - 1)
+
+
+def _lease(examined: Examined) -> Found:
+    if examined.node is None:
+        return
+    if isinstance(examined.node.lease, Hold):
+        yield way.no_lease(examined.node.lease.reason)
+        return
+    holds = [one.reason for one in examined.view.wanted.values() if isinstance(one, Hold)]
+    for reason in dict.fromkeys(holds):
+        yield way.undecided(reason)
+
+
+def _bridge(examined: Examined) -> Found:
+    node = examined.node
+    if node is None or not isinstance(node.lease, Lease):
+        return
+    for family, lease in node.lease.families:
+        if not node.has(family):
+            yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))
+            continue
+        key = way.SWITCHED_OFF.get(family)
+        names = [link.name for link in node.links] if key else []
+        off = {key.format(name): read_sysctl(key.format(name)) for name in names if key}
+        yield from way.bridge(lease, node.links, examined.devices, off)
+
+
+def _forwarding(examined: Examined) -> Found:
+    reached = {one.leased.family: one for one in examined.reached}
+    for leased in examined.leased:
+        keys = way.FORWARDING[leased.family]
+        value, here = read_sysctl(keys.all), reached.get(leased.family)
+        own = keys.device or keys.instead
+        of_device = {one: read_sysctl(own.format(one)) for one in (here.coming_in if here else ())}
+        if value is not None:
+            routes_there = here.around.routes if here else ()
+            yield from way.forwarding(leased, value, of_device, routes_there)
+
+
+def _sizes(examined: Examined) -> Found:
+    if not examined.reached or examined.node is None:
+        return
+    first = examined.reached[0]
+    bridge = first.around.device(first.bridge)
+    lease = examined.node.lease
+    if bridge is None or not isinstance(lease, Lease):
+        return
+    names = {hop.device for one in examined.reached for hop in one.there} - {first.bridge}
+    devices = first.around.devices
+    out = tuple(one for one in devices if one.name in names)
+    ports = sizes.on_bridge(devices, bridge.name)
+    yield from sizes.sizes(sizes.Sizes(lease.mtu, bridge, ports, out, devices))
+
+
+def _routes(examined: Examined) -> Found:
+    assert examined.node is not None or not examined.reached
+    for one in examined.reached:
+        links = examined.node.links if examined.node else ()
+        yield from routes.routes(one.leased, one.around, links)
+
+
+def _ask(destination: Address, source: Address | None = None, came_in: str = "") -> way.Asked:
+    from snatd.kernel.links import find_route
+
+    words = [str(destination)]
+    words += ["from", str(source)] if source else []
+    words += ["iif", came_in] if came_in else []
+    found = find_route(destination, source, came_in=came_in)
+    if found is None:
+        return way.Asked(" ".join(words), None)
+    gateway = found.next_hop if found.next_hop != destination else None
+    return way.Asked(" ".join(words), found.device, gateway)
+
+
+def _policy(examined: Examined) -> Found:
+    for one in examined.reached:
+        if one.tells:
+            asked = [_ask(one.spare)]
+            asked += [_ask(one.spare, _first(leg.networks[0]), leg.device) for leg in one.legs]
+            elsewhere = list(way.to_containers(one.leased, asked, one.around))
+            yield from elsewhere
+            if not elsewhere:
+                yield from way.to_nodes(one.leased, _asked_of(one), one.around)
+
+
+def _asked_of(one: Reached) -> list[tuple[Hop, way.Asked]]:
+    asked = []
+    for hop in one.there[:_MOST_ROUTES]:
+        destination = _first(subtract((hop.destination,), one.leased.subnet)[0])
+        led = one.around.route(destination)
+        if hop.kind == UNICAST and led is not None and led.destination == hop.destination:
+            asked.append((hop, _ask(destination, one.spare, one.bridge)))
+    return asked
+
+
+def _reverse_path(examined: Examined) -> Found:
+    for one in examined.reached:
+        key = way.RP_FILTER.get(one.leased.family)
+        if key is None or not one.tells:
+            continue
+        usable = [hop for hop in one.there if hop.kind == UNICAST]
+        others = []
+        for hop, device, met in way.aside(usable, one.around, one.bridge)[:_MOST_ROUTES]:
+            checks = {name: read_sysctl(name) for name in map(key.format, ("all", device))}
+            refused = _ask(one.spare, _first(hop.destination), device).device is None
+            others.append(way.Aside(hop, device, met, checks, refused))
+        dropped = read_counter("TcpExt", "IPReversePathFilter")
+        yield from way.reverse_path(one.leased, others, dropped)
+
+
+def _rules(examined: Examined) -> Found:
+    unread: dict[str, None] = {}
+    for one in examined.reached:
+        hooks = _hooks(examined, one.leased.family, PREROUTING, FORWARD)
+        unread |= dict.fromkeys(why for some in hooks for why in some.unread)
+        asked = _asked_rules(examined, one, hooks)
+        yield from passage.dropped(asked, one.legs)
+        yield from passage.direct_routing(asked, one.legs)
+        bridge = one.around.device(one.bridge)
+        key = way.BRIDGE_CALLS[one.leased.family]
+        asks = bridge is not None and one.leased.family in bridge.calls_iptables
+        if bridge is not None and bridge.kind == "bridge" and (asks or read_sysctl(key) == "1"):
+            nat = read_hooks(one.leased.family, examined.tools, _deadline())
+            yield from passage.on_bridge(asked, nat.hooks, key)
+    for why in unread:
+        yield Finding(
+            "not_looked",
+            Severity.INFO,
+            "not all rules could be looked at",
+            (why,),
+            "one of them may drop packets of containers",
+            ("apt-get install nftables",),
+        )
+
+
+def _hooks(examined: Examined, family: Family, *kinds: Kind) -> list[Hooks]:
+    return [read_hooks(family, examined.tools, _deadline(), kind) for kind in kinds]
+
+
+def _asked_rules(examined: Examined, one: Reached, hooks: list[Hooks]) -> Rules:
+    from snatd.kernel.links import read_sources
+
+    assert examined.node is not None
+    _, local, broadcast = read_sources(one.leased.family)
+    every: tuple[Hook, ...] = tuple(hook for some in hooks for hook in some.hooks)
+    types = address_types(one.leased.family, local, broadcast)
+    return Rules(one.leased, one.bridge, one.spare, every, examined.node.iptables_is, types)
+
+
+def _tunnels(examined: Examined) -> Found:
+    for one in examined.reached:
+        for device in _used_tunnels(one):
+            assert device.vxlan is not None
+            local = device.vxlan.local
+            if local is None:
+                continue
+            family = Family.V4 if local.version == 4 else Family.V6
+            hooks = _hooks(examined, family, PREROUTING, INPUT)
+            came_in = device.vxlan.lower or None
+            ends = one.around.tunnel_ends
+            yield from passage.tunnel(_asked_rules(examined, one, hooks), device, ends, came_in)
+
+
+def _used_tunnels(one: Reached) -> list[Device]:
+    used = {hop.device for hop in one.there}
+    return [device for device in one.around.devices if device.vxlan and device.name in used]
+
+
+def _connections(examined: Examined) -> Found:
+    from snatd.kernel.conntrack import read_peers
+
+    if examined.reached and examined.tools.find("conntrack") is None:
+        yield Finding(
+            "not_looked",
+            Severity.INFO,
+            "the connections could not be looked at",
+            ("the command conntrack is missing",),
+            "what is sent to other nodes in vain is not seen",
+            ("apt-get install conntrack", "# Fedora, EL: dnf install conntrack-tools"),
+        )
+        return
+    for one in examined.reached:
+        peers = read_peers(one.leased, examined.tools, _CONNECTIONS_S)
+        yield from routes.strays(one.leased, peers, one.around)
+
+
+def _full(examined: Examined) -> Found:
+    entries = read_number("net.netfilter.nf_conntrack_count")
+    most = read_number(way.CONNECTION_LIMIT)
+    table = read_table(way.CONNECTION_TABLE)
+    if entries is not None and most:
+        refused = {name: table.get(name, 0) for name in ("drop", "early_drop")}
+        yield from way.connections_full(entries, most, refused)
+    for one in examined.leased:
+        table = read_table(way.NEIGHBOUR_TABLE[one.family])
+        most = read_number(way.NEIGHBOUR_LIMIT[one.family])
+        if table and most:
+            refused = {"table_fulls": table.get("table_fulls", 0)}
+            yield from way.neighbours_full(one.family, table["entries"], most, refused)
+
+
+def _services(examined: Examined) -> Found:
+    for one in examined.reached:
+        bridge = one.around.device(one.bridge)
+        if bridge is not None and has_kube_proxy(one.leased.family, examined.tools, _deadline()):
+            value = read_sysctl(way.BRIDGE_CALLS[one.leased.family])
+            yield from way.bridge_not_asking(one.leased, bridge, value)
+
+
+def _deadline() -> Deadline:
+    return Deadline(time.monotonic() + _LIMIT_S)
+
+
+# In the order in which one would look oneself.
+CHECKS: tuple[Callable[[Examined], Found], ...] = (
+    _lease,
+    _bridge,
+    _forwarding,
+    _policy,
+    _routes,
+    _connections,
+    _tunnels,
+    _rules,
+    _reverse_path,
+    _sizes,
+    _services,
+    _full,
+)
