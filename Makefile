@@ -17,7 +17,7 @@ SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd
 # For whom `make rpm` builds.
 RPM_FOR ?= el9 el10 fc43
 
-.PHONY: help venv demo test test-system bench manual pictures deb rpm clean packages
+.PHONY: help venv demo test test-system fuzz soak bench manual pictures deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -73,6 +73,16 @@ test-system: PACKAGES += $(SYSTEM)
 test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root
 	@$(BIN)/python -m pytest tests/system
 
+$(BIN)/.fuzz: $(BIN)/.complete
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[fuzz]'
+	@touch $@
+
+fuzz: venv $(BIN)/.fuzz  ## every parser, led by coverage; FUZZ_S seconds each (default 25)
+	@$(BIN)/python -m tests.fuzz
+
+soak: venv  ## three rivals at once; SOAK_MUTATIONS (default 100,000; with SOAK=1 a million); needs root
+	@$(BIN)/python -m pytest -s tests/soak
+
 bench: $(BIN)/.complete  ## measure, and print a table
 	@$(BIN)/python -m tests.bench
 
@@ -83,4 +93,4 @@ pictures: venv  ## draw docs/demo.svg and docs/status.svg anew, from a real run
 	@$(BIN)/python -m docs.pictures
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

@@ -23,6 +23,10 @@ from snatd.core.model import (
 
 DEFAULT_PATH = Path("/etc/snatd/snatd.toml")
 
+# The time that tomllib takes for a key grows with the square of its dots: 10 s for this many bytes
+# of one key, and an hour for a megabyte (3.11).
+LARGEST_FILE_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True)
 class Config:
@@ -83,13 +87,15 @@ def load(path: Path | None = None) -> Config:
     named = path is not None
     path = path or DEFAULT_PATH
     try:
-        raw = path.read_bytes()
+        raw = _read(path)
     except FileNotFoundError:
         if named:
             raise ConfigError((f"{path}: no such file, but --config names it",)) from None
         return Config()
     except OSError as error:
         raise ConfigError((f"{path}: cannot be read: {error.strerror}",)) from None
+    if len(raw) > LARGEST_FILE_BYTES:
+        raise ConfigError((f"{path}: larger than {LARGEST_FILE_BYTES // 1024} KiB",))
     try:
         table = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -97,6 +103,12 @@ def load(path: Path | None = None) -> Config:
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a bare ValueError
         raise ConfigError((f"{path}: not TOML: {error}",)) from None
     return from_table(table, str(path))
+
+
+def _read(path: Path) -> bytes:
+    """One byte more than allowed of a file that is too large. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(LARGEST_FILE_BYTES + 1)
 
 
 def runtime_dir(path: Path | None = None) -> Path:
@@ -110,7 +122,7 @@ def runtime_dir(path: Path | None = None) -> Path:
         if path is not None and not path.exists():
             raise
     try:
-        table = tomllib.loads((path or DEFAULT_PATH).read_text())
+        table = tomllib.loads(_read(path or DEFAULT_PATH)[:LARGEST_FILE_BYTES].decode())
         return _path(table["runtime_dir"])
     except (OSError, ValueError, RecursionError, KeyError):
         return Config.runtime_dir

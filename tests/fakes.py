@@ -153,7 +153,9 @@ def restored(ruleset: Ruleset, script: str) -> Ruleset:
     for line in lines:
         _restore_line(line, chains)
     for rules in chains.values():
-        for target in re.findall(r"-[jg] (SNATD-\S+)", "\n".join(rule.text for rule in rules)):
+        for target in re.findall(
+            r"(?:^|\s)-[jg] (SNATD-\S+)", "\n".join(rule.text for rule in rules)
+        ):
             _demand(target in chains, f"a jump to {target}, which is gone")
     postrouting = tuple(chains.pop(POSTROUTING))
     own = tuple((name, tuple(rules)) for name, rules in chains.items())

@@ -51,8 +51,15 @@ _NO_EFFECT |= {"flow", "ct helper", "ct timeout", "ct expectation", "secmark", "
 _MAY_STOP = {"limit", "quota", "ct count", "set", "xt match"}
 
 
-class _Unnamed(Exception):
+_NOTHING: tuple[str, Any] = ("", None)
+
+
+class _Unnamed(ValueError):
     """An expression that this language has no name for."""
+
+
+# That, or what another shape of JSON makes of us.
+_NOT_NAMED = (AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -132,14 +139,17 @@ class _Compiler:
         """One rule is one step; a verdict map at its end makes one of each of its elements."""
         parts: list[Check | Action] = []
         for expression in expressions:
-            kind, value = next(iter(expression.items()))
+            kind, value = next(iter(expression.items()), _NOTHING)
             if kind == "vmap":
                 for pattern, verdict in self._verdicts(value):
                     ((name, argument),) = verdict.items()
                     test = self._check(value["key"], "==", pattern)
                     yield Step(number, self.text, (*parts, *test, _verdict(name, argument)))
                 return
-            parts += self._parts(kind, value)
+            try:
+                parts += self._parts(kind, value)
+            except _NOT_NAMED:
+                parts.append(Unknown())
         yield Step(number, self.text, tuple(parts))
 
     def _verdicts(self, value: Mapping[str, Any]) -> Sequence[Any]:
@@ -169,6 +179,9 @@ class _Compiler:
             return (_mark(value["value"]),)
         if kind == "mangle" and _leaves_what_is_known(value["key"]):
             return ()
+        if kind == "snat" and _NFPROTO.get(value.get("family"), self.family) is not self.family:
+            # In an inet table a translation of one family passes packets of the other on.
+            return (Check(self.text, False),)
         if kind == "snat" and "map" in value.get("addr", ()):
             # What is not in the map goes on.
             return (Check(self.text, None), Snat(None))
@@ -177,7 +190,7 @@ class _Compiler:
     def _check(self, left: Any, operator: str, right: Any) -> Sequence[Check]:
         try:
             checks = tuple(self._named(left, operator, right))
-        except (_Unnamed, AttributeError, KeyError, TypeError, ValueError):
+        except _NOT_NAMED:
             return (Check(self.text, None),)
         return checks
 

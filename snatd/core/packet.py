@@ -329,6 +329,9 @@ class Hook:
         return f"{self.table} {self.chain} (priority {self.priority})"
 
 
+_BITS = {Family.V4: 32, Family.V6: 128}
+
+
 def rewritten(
     rewrite: Rewrite, packet: Packet, masquerade: tuple[Address, ...] | None
 ) -> tuple[Address, ...] | None:
@@ -339,8 +342,8 @@ def rewritten(
             return (source,) if source else None
         case Masquerade():
             return masquerade
-        case Snat(to):
-            return (packet.address(to[0]),) if to and to[0] == to[1] else None
+        case Snat((one, other)) if one == other and one >> _BITS[packet.family] == 0:
+            return (packet.address(one),)
         case Netmap(network) if source:
             host = int(source) & int(network.hostmask)
             return (ip_address(int(network.network_address) | host),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +27,7 @@ from snatd.core.model import (
 )
 from snatd.core.networks import contains
 from snatd.core.rules import SNAT_TARGETS, Match, Spec, Target, is_ours, parse
+from snatd.core.xtables import targets
 
 MASQUERADE = Target("MASQUERADE")
 
@@ -209,6 +210,8 @@ def owned_shape(text: str, spec: Spec, ruleset: Ruleset) -> Shape | None:
         # Emptied by somebody. The plain chain's name says what it ended in; another's is lost.
         return Shape(spec.out, MASQUERADE) if name == chain_name(MASQUERADE) else None
     for rule in rules:
+        if "\n" in rule.text:  # not to be told for certain, and not to be written again
+            continue
         with suppress(RuleError):
             target = parse(rule.text).target
             if target is not None and target.name in SNAT_TARGETS:
@@ -222,7 +225,7 @@ def chain_name(target: Target) -> str:
         return f"{OWN_CHAIN_PREFIX}{POSTROUTING}"
     # A second target (SNAT to a host address, say) needs a chain of its own, found again by what
     # it does and not by what we remember. 28 characters are the kernel's limit; this has 19.
-    digest = hashlib.sha256(str(target).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(str(target).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{OWN_CHAIN_PREFIX}{target.name[:4]}-{digest}"
 
 
@@ -352,6 +355,7 @@ def _backend_plan(ruleset: Ruleset, wanted: Desired, bridge: str, add_egress: bo
         put(Shape(Match(bridge, negated=True), MASQUERADE), None)
     edits = (
         *_chain_edits(ruleset, wanted, chains),
+        *without_chains(ruleset, after, keep=chains),
         ChainEdit(POSTROUTING, ruleset.postrouting, tuple(after)),
     )
     changed = tuple(edit for edit in edits if edit.before != edit.after)
@@ -374,13 +378,22 @@ def _stale_reason(wanted: Desired) -> Reason:
 def _chain_edits(
     ruleset: Ruleset, wanted: Desired, chains: Mapping[str, Shape]
 ) -> Iterable[ChainEdit]:
-    """The chains of ours that POSTROUTING will need, and the end of those that it will not."""
+    """The chains of ours that POSTROUTING will need."""
     for name, shape in chains.items():
         *returns, last = own_chain(wanted, shape.target)
         rules = (*(Rule(str(one)) for one in returns), Rule(str(last), like=shape.origin))
         yield ChainEdit(name, ruleset.chain(name), rules)
-    for name, rules in ruleset.own_chains:
-        if name not in chains:
+
+
+def without_chains(
+    ruleset: Ruleset, after: Iterable[Rule], keep: Collection[str] = ()
+) -> Iterable[ChainEdit]:
+    """The end of the chains of ours. One stays that somebody else's rule in POSTROUTING, as it
+    will be, jumps to: the kernel would refuse the whole transaction."""
+    idle = [(name, rules) for name, rules in ruleset.own_chains if name not in keep]
+    jumped_to = targets(after) if idle else ()
+    for name, rules in idle:
+        if name not in jumped_to:
             yield ChainEdit(name, rules, None)
 
 
@@ -388,7 +401,7 @@ def _without_ours(ruleset: Ruleset) -> Transaction:
     """All that is ours goes; for a family that the lease no longer has."""
     kept = tuple(rule for rule in ruleset.postrouting if not is_ours(rule))
     edits = [ChainEdit(POSTROUTING, ruleset.postrouting, kept)] * (kept != ruleset.postrouting)
-    edits += [ChainEdit(name, rules, None) for name, rules in ruleset.own_chains]
+    edits += without_chains(ruleset, kept)
     reason = Reason(Change.STALE, f"flannel leases no {ruleset.family.value} subnet to this node")
     return Transaction(ruleset.family, ruleset.backend, tuple(edits), (reason,))
 

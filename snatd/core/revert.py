@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 
 from snatd.core.errors import RuleError
 from snatd.core.model import POSTROUTING, Network, Rule, Ruleset
-from snatd.core.plan import ChainEdit, Change, Reason, Shape, Transaction, owned_shape
+from snatd.core.plan import (
+    ChainEdit,
+    Change,
+    Reason,
+    Shape,
+    Transaction,
+    owned_shape,
+    without_chains,
+)
 from snatd.core.rules import Spec, is_ours, parse
 
 
@@ -75,7 +83,7 @@ def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) 
             after += [Rule(text)] * copies
     edits = (
         ChainEdit(POSTROUTING, ruleset.postrouting, tuple(after)),
-        *(ChainEdit(name, rules, None) for name, rules in ruleset.own_chains),
+        *without_chains(ruleset, after),
     )
     changed = tuple(edit for edit in edits if edit.before != edit.after)
     return Transaction(

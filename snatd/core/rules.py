@@ -20,6 +20,8 @@ _BARE = re.compile(r"[-_0-9A-Za-z]+\Z")
 # the line is read back by iptables-restore. Such a rule is never written, only left alone.
 _DEVICE = re.compile(r"[^\s\"'\\!-][^\s\"'\\]*\Z")
 
+_BARE_WORD = re.compile(r"[^ \n]+")
+
 # iptables-restore reads lines of at most 10 kB; what is longer here is a string that never closes.
 _LONGEST_LINE = 65536
 
@@ -147,6 +149,7 @@ def parse(text: str, *, any_device: bool = False) -> Spec:
     words = list(tokens(text))
     fields: dict[str, object] = {}
     others: list[str] = []
+    comments: list[str] = []
     negated, position = False, 0
 
     def take() -> Token:
@@ -174,18 +177,11 @@ def parse(text: str, *, any_device: bool = False) -> Spec:
                 once("destination", _network(take().value))
                 fields["destination_negated"] = negated
             case "-o":
-                device = take().value
-                if not (any_device or _DEVICE.match(device)):
-                    raise RuleError(f"{device!r} is an interface that a restore could not name")
-                once("out", Match(device, negated))
+                once("out", Match(_device(take().value, any_device), negated))
             case "-m" if position < len(words) and words[position].raw == "comment":
                 take()
             case "--comment":
-                comment = take().value
-                # A rule may carry two comments. Then none of them is "the whole comment".
-                fields["comment"] = None if "comment" in fields else comment
-                if fields["comment"] is None:
-                    others.append(f"-m comment --comment {quote(comment)}")
+                comments.append(take().value)
             case "-j" | "-g":
                 name = take().value
                 options = " ".join(token.raw for token in words[position:])
@@ -197,11 +193,22 @@ def parse(text: str, *, any_device: bool = False) -> Spec:
                     chunk.append(take().raw)
                 others.append(" ".join(chunk))
         negated = False
+    if len(comments) == 1:
+        fields["comment"] = comments[0]
+    else:
+        # A rule may carry two comments. Then none of them is "the whole comment".
+        others += [f"-m comment --comment {quote(one)}" for one in comments]
     return Spec(others=tuple(others), **fields)  # type: ignore[arg-type]
 
 
 def _opens_option(token: Token) -> bool:
     return not token.quoted and (token.raw == "!" or token.raw.startswith("-"))
+
+
+def _device(value: str, any_device: bool) -> str:
+    if not (any_device or _DEVICE.match(value)):
+        raise RuleError(f"{value!r} is an interface that a restore could not name")
+    return value
 
 
 def _network(value: str) -> Network:
@@ -248,22 +255,31 @@ def parse_table(output: str) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str
 
 
 def _logical_lines(output: str) -> Iterator[str]:
-    pending = ""
-    for line in output.split("\n")[:-1]:
-        if not pending and '"' not in line:
-            yield line
-            continue
-        pending = f"{pending}\n{line}" if pending else line
-        if len(pending) > _LONGEST_LINE:
-            break
-        try:
-            tokens(pending)
-        except RuleError:
-            continue
-        yield pending
-        pending = ""
-    if pending:
-        raise RuleError(f"a string is not closed: {pending[:60]!r}")
+    start = 0
+    while (end := _line_end(output, start)) >= 0:
+        yield output[start:end]
+        start = end + 1
+
+
+def _line_end(text: str, start: int) -> int:
+    """The newline that ends a line, and is not one of a string's; -1 where there is none."""
+    end = text.find("\n", start)
+    if end < 0 or text.find('"', start, end) < 0:
+        return end
+    position, after_device_option = start, False
+    while position < len(text) and text[position] != "\n":
+        if text[position] == " ":
+            position += 1
+        elif text[position] == '"' and not after_device_option:
+            position = _string_end(text, position, min(len(text), start + _LONGEST_LINE))
+        else:
+            word = _BARE_WORD.match(text, position)
+            assert word is not None
+            after_device_option = word[0] in ("-i", "-o")
+            position = word.end()
+    if position >= len(text):
+        raise RuleError(f"a line has no end: {text[start : start + 60]!r}")
+    return position
 
 
 def _listed_rule(line: str, chain: str) -> Rule:

@@ -184,7 +184,9 @@ def _read(lines: Sequence[str], head: int, end: int, subnet: Network | None) -> 
             # A newline makes a rule foreign to `plan` and `revert`, whatever else it says.
             rule = Rule(str(spec) if spec else f"\n{text}", counters)
             section.chains.setdefault(chain, []).append((number, rule))
-        if subnet and _may_hide(text, verb, spec, subnet):
+        # A chain of ours goes or is written anew, whatever it holds; a rule of ours as well.
+        ours = watched and (chain != POSTROUTING or (spec is not None and spec.owned))
+        if subnet and not ours and _may_hide(text, verb, spec, subnet):
             section.doubts.append(
                 f"line {number + 1} may masquerade cluster traffic, and is left as it is since "
                 f"snatd cannot read it for certain; write it as iptables-save does: {text}"
@@ -235,6 +237,8 @@ def _spec(words: Sequence[Token]) -> Spec | None:
             size += 1
         values, queue = queue[1:size], queue[size:]
         if option in ("-j", "-g") and values:
+            if not {"-j", "-g"}.isdisjoint(target):
+                return None
             target[:0] = [option, values[0].value]
         elif target and option in _TARGET_OPTIONS:
             option = "--to-source" if option == "--to" else option

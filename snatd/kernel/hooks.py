@@ -7,8 +7,8 @@ Creates no table and no chain. Does not decide what the rules do; that is `trace
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from snatd.core.errors import BackendFailed
 from snatd.core.model import Backend, Family
 from snatd.core.packet import Hook, Step
 from snatd.kernel import peek
+from snatd.kernel.guard import is_dormant
 from snatd.kernel.listing import list_chains
 from snatd.kernel.tools import Tools
 
@@ -25,7 +26,6 @@ from snatd.kernel.tools import Tools
 # 100 MiB of nft's memory for 20,000 native rules (nft 1.0.6; `list chains` 3 ms).
 _CHAINS_ONE_BY_ONE = 24
 _NFT_FAMILIES = {Family.V4: ("ip", "inet"), Family.V6: ("ip6", "inet")}
-_DORMANT = re.compile(r"^\tflags .*\bdormant\b", re.MULTILINE)
 
 _Chains = dict[str, tuple[Step, ...]]
 
@@ -75,23 +75,39 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NA
             ]
         lacking = f"{kind.type} tables that iptables does not show are not known"
         return Hooks(family, tuple(hooks), (f"nft is not installed: {lacking}",))
-    all_chains = [
-        one["chain"]
-        for one in _json(["list", "chains"], tools, deadline)
-        if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
-    ]
-    dormant = _dormant(tools, deadline)
-    for base in all_chains:
-        where = (base["family"], base["table"])
-        if (base.get("type"), base.get("hook")) == (kind.type, kind.hook) and where not in dormant:
+    with _known_shape():
+        all_chains = [
+            one["chain"]
+            for one in _json(["list", "chains"], tools, deadline)
+            if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
+        ]
+        bases = [
+            one
+            for one in all_chains
+            if (one.get("type"), one.get("hook")) == (kind.type, kind.hook)
+        ]
+        dormant = _dormant({(one["family"], one["table"]) for one in bases}, tools, deadline)
+        for base in bases:
+            where = (base["family"], base["table"])
+            if where in dormant:
+                continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             reader = _NftTable(kind, family, *where, frozenset(names), tools, deadline)
             chains = reader.reachable(base["name"])
             drops = base.get("policy") == "drop"
             hooks.append(
-                Hook(" ".join(where), base["name"], base["prio"], chains, drops, kind.hook)
+                Hook(" ".join(where), base["name"], int(base["prio"]), chains, drops, kind.hook)
             )
     return Hooks(family, tuple(hooks))
+
+
+@contextmanager
+def _known_shape() -> Iterator[None]:
+    """JSON of another shape than nft's ends here, as BackendFailed."""
+    try:
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BackendFailed(f"nft printed JSON of a shape that is not known: {error!r}") from None
 
 
 def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
@@ -103,24 +119,27 @@ def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
             return True
     if tools.find("nft") is None:
         return False
-    chains = [one.get("chain", {}) for one in _json(["list", "chains"], tools, deadline)]
-    return any(
-        one.get("family") == ip
-        and (one["table"] == "kube-proxy" or (one["table"], one["name"]) == ("nat", chain))
-        for one in chains
-    )
+    with _known_shape():
+        chains = [one.get("chain", {}) for one in _json(["list", "chains"], tools, deadline)]
+        return any(
+            one.get("family") == ip
+            and (one["table"] == "kube-proxy" or (one["table"], one["name"]) == ("nat", chain))
+            for one in chains
+        )
 
 
-def _dormant(tools: Tools, deadline: Deadline) -> set[tuple[str, str]]:
-    """The tables whose chains the kernel does not ask. nft 1.0.6 garbles the flags in its JSON, so
-    of those that have any the text tells."""
-    tables = [one["table"] for one in _json(["list", "tables"], tools, deadline) if "table" in one]
-    flagged = [(one["family"], one["name"]) for one in tables if "flags" in one]
-    return {
-        where
-        for where in flagged
-        if _DORMANT.search(tools.run(["nft", "list", "table", *where], deadline))
-    }
+def _dormant(
+    some: Collection[tuple[str, str]], tools: Tools, deadline: Deadline
+) -> set[tuple[str, str]]:
+    """Those of some tables whose chains the kernel does not ask. Only where the list of all tables
+    is of no use is each one read for it."""
+    try:
+        objects = _json(["list", "tables"], tools, deadline)
+        tables = [one["table"] for one in objects if "table" in one]
+        flagged = {(one["family"], one["name"]) for one in tables if "flags" in one}
+    except BackendFailed:
+        flagged = set(some)
+    return {where for where in flagged.intersection(some) if is_dormant(*where, tools, deadline)}
 
 
 def _whole(

@@ -210,6 +210,26 @@ def test_a_chain_without_a_jump_is_found_by_a_thorough_look(subject: Subject) ->
     assert subject.become(subject.wanted(2)).own_chains == ruleset.own_chains
 
 
+def test_a_chain_that_somebody_elses_rule_jumps_to_stays(subject: Subject) -> None:
+    subject.seed(subject.broad, subject.foreign[0])
+    subject.become(subject.wanted(2))
+    theirs = f"-s {HOSTS[subject.family][0]} -j SNATD-POSTROUTING"
+    if subject.host is None:
+        assert isinstance(subject.tables, FakeTables)
+        subject.tables.insert(theirs)
+    else:
+        command = f"{subject.family.command}-{subject.tables.backend.value}"
+        subject.host.run(command, "-t", "nat", "-I", "POSTROUTING", *theirs.split(" "))
+    chains = subject.read().own_chains
+    for wanted in (subject.wanted(), Absent(subject.family)):
+        transaction = subject.planned(wanted)
+        assert transaction is not None
+        subject.tables.apply(transaction, soon())
+        assert subject.planned(wanted) is None
+        assert theirs in [rule.text for rule in subject.read().postrouting]
+        assert subject.read(thorough=True).own_chains == chains
+
+
 def test_all_or_nothing_where_the_rule_is_gone(subject: Subject) -> None:
     subject.seed(subject.broad, subject.foreign[0])
     transaction = subject.planned(subject.wanted(2))

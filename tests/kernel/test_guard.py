@@ -216,6 +216,8 @@ def guard_of(node: Node, family: str = "ip") -> str:
         "nft add rule ip snatd postrouting return",
         "nft add chain ip snatd extra",
         "nft add table ip snatd '{ flags dormant; }'",
+        # Of this table nft 1.0.6 prints half of a JSON.
+        "nft 'delete table ip snatd; add table ip snatd { flags dormant; }'",
         "nft add set ip snatd extra { type ipv4_addr\\; }",
         "nft delete table ip snatd; nft add table ip snatd;"
         " nft add chain ip snatd postrouting { type nat hook postrouting priority 200\\; }",

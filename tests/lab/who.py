@@ -123,13 +123,14 @@ def census(
     """As whom each destination sees a host, over many UDP flows one after the other.
 
     Each flow has a source port of its own, counted up: no flow meets the entry of an earlier one.
-    `more` is asked before each round with the number of rounds so far. After 64,511 of them there
+    `more` is asked before each round with the number of rounds so far. After 64,510 of them there
     are no more ports, and it ends.
     """
     seen: Seen = Counter()
     number = 0
     with host.entered():
         while first_port + number <= 65535 and more(number):
+            number += first_port + number == PORT  # of the host's own server
             for destination in destinations:
                 with socket.socket(_family(destination), socket.SOCK_DGRAM) as caller:
                     caller.settimeout(timeout_s)

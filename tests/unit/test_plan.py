@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from snatd.core.desired import Absent
+from snatd.core.desired import Absent, Desired
 from snatd.core.mend import misplaced, undone
 from snatd.core.model import POSTROUTING, Backend, Counters, Policy, Rule, Ruleset
 from snatd.core.plan import (
@@ -633,6 +633,28 @@ def test_of_a_family_that_is_not_leased_ours_goes_and_nothing_else() -> None:
     assert texts(found.postrouting) == ["-j FIRST", BROAD]
     assert found.own_chains == ()
     assert plans(Absent(wish().family), listed("-A POSTROUTING -j FIRST")) == ()
+
+
+@pytest.mark.parametrize("backend", IPTABLES)
+@pytest.mark.parametrize("wanted", [wish(), Absent(wish().family)])
+def test_a_chain_of_ours_that_somebody_else_uses_stays(
+    wanted: Desired | Absent, backend: Backend
+) -> None:
+    """The kernel deletes no chain that a rule jumps to, and so would refuse all the rest too."""
+    theirs = ("-s 10.1.1.0/24 -j SNATD-POSTROUTING", "-s 10.1.2.0/24 -g SNATD-POSTROUTING")
+    before = listed(
+        f"""
+        {S} ! -o docker0 {MARK} -j SNATD-POSTROUTING
+        -A POSTROUTING {theirs[0]}
+        -A POSTROUTING {theirs[1]}
+        -A SNATD-POSTROUTING -j MASQUERADE
+        -A SNATD-SNAT-01234567 -j SNAT --to-source 10.4.7.21
+        """,
+        backend=backend,
+    )
+    found = after(wanted, before, iptables_is=backend)
+    assert [text for text in texts(found.postrouting) if text != OURS] == list(theirs)
+    assert found.own_chains == (("SNATD-POSTROUTING", (Rule("-j MASQUERADE"),)),)
 
 
 def test_of_a_family_that_may_be_leased_nothing_goes() -> None:

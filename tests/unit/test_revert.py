@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from snatd.core.desired import Desired
 from snatd.core.model import POSTROUTING, Counters, Network, Rule, Ruleset
 from snatd.core.plan import applied
@@ -137,6 +139,14 @@ def test_without_a_memory_a_chain_of_ours_becomes_the_broad_rule_too() -> None:
     found = reverted(now, None)
     assert texts(found.postrouting) == ["-j A", f"-s 172.7.21.0/24 -o eth0 -j {SNAT}", BROAD]
     assert found.own_chains == ()
+
+
+def test_a_chain_that_somebody_else_uses_stays() -> None:
+    theirs = "-s 10.1.1.0/24 -j SNATD-POSTROUTING"
+    now, memory = narrow(chain("-j A", BROAD), TWO)
+    found = reverted(replace(now, postrouting=(*now.postrouting, Rule(theirs))), memory)
+    assert texts(found.postrouting) == ["-j A", BROAD, theirs]
+    assert found.own_chains == now.own_chains
 
 
 def test_a_target_comes_back_from_the_rule_that_took_it() -> None:

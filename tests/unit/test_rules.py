@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from snatd.core.errors import RuleError
@@ -118,11 +120,13 @@ def test_only_the_whole_comment_makes_a_rule_ours(comment: str) -> None:
     assert not parse(f"-s 172.7.21.0/24 -m comment --comment {comment} -j MASQUERADE").owned
 
 
-def test_a_rule_with_two_comments_is_nobody_we_know() -> None:
-    two = "-m comment --comment snatd -m comment --comment snatd"
+@pytest.mark.parametrize("first", ["snatd", "ops"])
+def test_a_rule_with_two_comments_is_nobody_we_know(first: str) -> None:
+    two = f"-m comment --comment {first} -m comment --comment snatd"
     spec = parse(f"-s 172.7.21.0/24 {two} -j MASQUERADE")
     assert not spec.owned
     assert spec.others
+    assert parse(str(spec)) == spec
 
 
 @pytest.mark.parametrize(
@@ -246,6 +250,18 @@ def test_an_empty_chain_has_no_rules() -> None:
 def test_a_listing_that_is_not_whole_is_an_error(output: str, why: str) -> None:
     with pytest.raises(RuleError, match=why):
         parse_listing(output, "POSTROUTING")
+
+
+@pytest.mark.parametrize("tail", ["\n", "x\n", '\\"\n', " \n"])
+def test_a_string_that_never_closes_costs_no_more_than_its_length(tail: str) -> None:
+    """It took minutes where each line of it was read from the beginning again."""
+    output = f'{HEAD}-A POSTROUTING -m comment --comment "{tail * 60_000}'
+    began_s = time.thread_time()
+    with pytest.raises(RuleError, match="not closed"):
+        parse_listing(output, "POSTROUTING")
+    with pytest.raises(RuleError, match="not closed"):
+        own_chains(output)
+    assert time.thread_time() - began_s < 2
 
 
 def test_a_number_of_any_length_is_no_bug() -> None:

@@ -62,6 +62,30 @@ def after(content: bytes, wanted: object = None) -> bytes:
     return edited.content
 
 
+def test_what_is_not_understood_and_ours_goes() -> None:
+    odd = "-A SNATD-POSTROUTING -s172.7.21.0/24 -j MASQUERADE"
+    assert after(nat(CHAIN[0], odd, a("-j X"))) == nat(a("-j X"), a(OURS))
+    odd = a("--sour 172.7.21.0/24 -m comment --comment snatd -j MASQUERADE")
+    assert after(nat(odd, a("-j X"))) == nat(a("-j X"), a(OURS))
+
+
+def test_bytes_that_are_not_utf8_in_a_target_are_no_bug() -> None:
+    content = nat(CHAIN[0], a(JUMP)).replace(
+        b"COMMIT", b"-A SNATD-POSTROUTING -j SNAT \xb3\nCOMMIT"
+    )
+    for wanted in (CUT, wish_of()):
+        edited = bring_in_line(content, wanted, NFT)
+        assert bring_in_line(edited.content, wanted, NFT).content == edited.content
+    content = nat(a("-s 172.7.21.0/24 -j SNAT --to-source X")).replace(b"X", b"\xb3")
+    assert b"-j SNAT --to-source \xb3" in bring_in_line(content, CUT, NFT).content
+
+
+def test_of_two_comments_none_is_ours() -> None:
+    line = a("-m comment --comment ops -s 10.1.0.0/24 -m comment --comment snatd -j MASQUERADE")
+    assert after(nat(line, a(OURS))) == nat(line, a(OURS))
+    assert put_back(nat(line), V4, NFT, [], P).content == nat(line)
+
+
 OTHER, OTHER_OURS = (one.replace("docker0", "br-0") for one in (BROAD, OURS))
 FOREIGN = "-s 172.7.21.5/32 -o eth1 -j SNAT --to-source 10.0.0.1"
 
@@ -128,6 +152,7 @@ def test_an_snat_keeps_its_options_in_whatever_form() -> None:
         a("-s 172.7.21.0/24,10.0.0.0/8 -j MASQUERADE"),
         a("-s 172.7.21.0/0.0.0.255 -j MASQUERADE"),
         a("-s 172.7.21.0/24 -s 172.7.21.0/24 -j MASQUERADE"),
+        a("-s 172.7.21.0/24 -j SNAT -j MASQUERADE"),
         a('-s 172.7.21.0/24 -o "docker0 -j MASQUERADE"'),
         a('"-s" 172.7.21.0/24 -j MASQUERADE'),
         a('"-s" 172.7.21.0/24 -m comment --comment snatd -j MASQUERADE'),
@@ -218,12 +243,18 @@ def test_ipv6_is_the_same() -> None:
         (b"*filter\nCOMMIT\n*nat\n-A POSTROUTING -j X\n", "line 3: the table nat has no COMMIT"),
         (nat(a('-m comment --comment "two'), 'lines" -j X'), "line 5: a quote that is not closed"),
         (nat(a('-o a"b -j X')), "line 5: a quote"),
-        (nat(CHAIN[0], a("-j SNATD-POSTROUTING")), "line 6: jumps to SNATD-POSTROUTING"),
+        (nat(CHAIN[0], "-A X -j SNATD-POSTROUTING"), "line 6: jumps to SNATD-POSTROUTING"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_line(content: bytes, why: str) -> None:
     with pytest.raises(RuleError, match=why):
         bring_in_line(content, wish_of(), NFT)
+
+
+def test_a_chain_of_ours_that_somebody_else_uses_stays() -> None:
+    theirs = a("-s 10.1.1.0/24 -j SNATD-POSTROUTING")
+    assert after(nat(*CHAIN, a(JUMP), theirs)) == nat(*CHAIN, a(OURS), theirs)
+    assert put_back(nat(*CHAIN, theirs), V4, NFT, [], P).content == nat(*CHAIN, theirs)
 
 
 def reverted(edited: Edited, memory: Memory | None = None) -> bytes:
