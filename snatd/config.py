@@ -20,8 +20,10 @@ from snatd.core.model import (
     Network,
     Policy,
 )
+from snatd.host.files import FileRefused, open_to_others, read_bounded
 
 DEFAULT_PATH = Path("/etc/snatd/snatd.toml")
+_LARGEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,19 @@ def load(path: Path | None = None) -> Config:
     named = path is not None
     path = path or DEFAULT_PATH
     try:
-        raw = path.read_bytes()
+        if why := open_to_others(path):
+            raise ConfigError(
+                (f"{path}: not read, since others decide what it says, and root does it: {why}",)
+            )
+        raw = read_bounded(path, _LARGEST_BYTES)
     except FileNotFoundError:
         if named:
             raise ConfigError((f"{path}: no such file, but --config names it",)) from None
         return Config()
     except OSError as error:
         raise ConfigError((f"{path}: cannot be read: {error.strerror}",)) from None
+    except FileRefused as error:
+        raise ConfigError((f"{path}: cannot be read: {error}",)) from None
     try:
         table = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -110,9 +118,9 @@ def runtime_dir(path: Path | None = None) -> Path:
         if path is not None and not path.exists():
             raise
     try:
-        table = tomllib.loads((path or DEFAULT_PATH).read_text())
+        table = tomllib.loads(read_bounded(path or DEFAULT_PATH, _LARGEST_BYTES).decode())
         return _path(table["runtime_dir"])
-    except (OSError, ValueError, RecursionError, KeyError):
+    except (OSError, FileRefused, ValueError, RecursionError, KeyError):
         return Config.runtime_dir
 
 
