@@ -25,9 +25,16 @@ from snatd.kernel.tools import Tools
 # 100 MiB of nft's memory for 20,000 native rules (nft 1.0.6; `list chains` 3 ms).
 _CHAINS_ONE_BY_ONE = 24
 _NFT_FAMILIES = {Family.V4: ("ip", "inet"), Family.V6: ("ip6", "inet")}
+# nft reads its arguments as one line of its language, in which a name that is no word of it could
+# be anything, another command too. The kernel takes any bytes.
+_WORD = re.compile(r"[A-Za-z_.][A-Za-z0-9_/.-]*")
 _DORMANT = re.compile(r"^\tflags .*\bdormant\b", re.MULTILINE)
 
 _Chains = dict[str, tuple[Step, ...]]
+
+
+class _NotAWord(BackendFailed):
+    """A table, chain or set has a name that nft cannot be given."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +88,22 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NA
         if "chain" in one and one["chain"]["family"] in _NFT_FAMILIES[family]
     ]
     dormant = _dormant(tools, deadline)
+    unread: list[str] = []
     for base in all_chains:
         where = (base["family"], base["table"])
         if (base.get("type"), base.get("hook")) == (kind.type, kind.hook) and where not in dormant:
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             reader = _NftTable(kind, family, *where, frozenset(names), tools, deadline)
-            chains = reader.reachable(base["name"])
+            try:
+                chains = reader.reachable(base["name"])
+            except _NotAWord as error:
+                unread.append(f"{kind.type} chain {' '.join(where)} {base['name']}: {error}")
+                continue
             drops = base.get("policy") == "drop"
             hooks.append(
                 Hook(" ".join(where), base["name"], base["prio"], chains, drops, kind.hook)
             )
-    return Hooks(family, tuple(hooks))
+    return Hooks(family, tuple(hooks), tuple(unread))
 
 
 def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
@@ -119,7 +131,8 @@ def _dormant(tools: Tools, deadline: Deadline) -> set[tuple[str, str]]:
     return {
         where
         for where in flagged
-        if _DORMANT.search(tools.run(["nft", "list", "table", *where], deadline))
+        if _WORD.fullmatch(where[1])
+        and _DORMANT.search(_nft(["list", "table", *where], tools, deadline))
     }
 
 
@@ -172,6 +185,8 @@ class _NftTable:
     def _by_iptables(self, name: str, everything: bool) -> Sequence[str]:
         """Reads a chain, or all, and returns what it jumps to. A native rule in one makes
         iptables-nft refuse it ("incompatible"): then nft reads it."""
+        if name.startswith("-"):  # to iptables it would be an option
+            return self._by_nft(name, everything=False)
         try:
             chain = () if everything else (name,)
             rules, _ = list_chains(
@@ -195,16 +210,24 @@ class _NftTable:
                 objects += _json(argv, self.tools, self.deadline)
             read |= more
             chains, sets = native.named(native.listing(objects))
-        texts = native.texts(self.tools.run(["nft", "-a", "list", *what], self.deadline))
+        texts = native.texts(_nft(["list", *what], self.tools, self.deadline, "-a"))
         compiled = native.compiled(self.family, native.listing(objects), texts)
         self.chains |= {one: steps for one, steps in compiled.items() if one not in self.chains}
         return list(chains)
 
 
 def _json(words: Sequence[str], tools: Tools, deadline: Deadline) -> list[Any]:
-    argv = ["nft", "-j", *words]
-    output = tools.run(argv, deadline)
+    output = _nft(words, tools, deadline, "-j")
     try:
         return list(json.loads(output)["nftables"])
     except (ValueError, KeyError, TypeError):
-        raise BackendFailed(f"`{' '.join(argv)}` printed something other than JSON") from None
+        what = " ".join(words)
+        raise BackendFailed(f"`nft -j {what}` printed something other than JSON") from None
+
+
+def _nft(words: Sequence[str], tools: Tools, deadline: Deadline, option: str = "-s") -> str:
+    """Raises what Tools.run does, and _NotAWord before anything is run."""
+    for one in words:
+        if not _WORD.fullmatch(one):
+            raise _NotAWord(f"nft cannot be asked for {one!r}: rename it")
+    return tools.run(["nft", option, *words], deadline)
