@@ -54,7 +54,9 @@ class MemoryFile:
             if error.errno == errno.ELOOP:
                 raise MemoryDamaged(f"{self.path} is not believed: it is a symlink") from None
             raise
-        except (FileRefused, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except FileRefused as error:
+            raise OSError(errno.EINVAL, str(error), str(self.path)) from None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise MemoryDamaged(f"{self.path} is damaged, or not written by this version") from None
 
     def store(self, memories: dict[Key, Memory]) -> None:
