@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.lab.process import Snatd
 PROJECT = Path(snatd.__file__).parents[1]
 FOREIGN = ("-s 192.0.2.1/32 -j RETURN", "-s 192.0.2.2/32 -j RETURN")
 # All of a write is followed call by call, from this much before it begins to this much behind.
-AROUND = 70
+AROUND = 60
 # The rest, which reads and tells, in strides.
 STRIDE = 16
 TOOL_STRIDE = 4
@@ -94,12 +95,28 @@ def numbers(writes: list[int], last: int) -> list[int]:
 
 
 @pytest.mark.long
-def test_fault_21_kill_9_at_each_system_call_of_the_daemon(
-    lab: Lab, tmp_path: Path, measured: Measured
-) -> None:
+def test_fault_21_kill_9_at_each_system_call(tmp_path: Path, measured: Measured) -> None:
+    """Three sweeps at the same time, each in a lab of its own."""
+    with (
+        Lab("nft") as nft,
+        Lab("legacy") as legacy,
+        Lab("nft") as tools,
+        ThreadPoolExecutor() as pool,
+    ):
+        sweeps = {
+            "nft": pool.submit(kill_the_daemon, nft, tmp_path / "nft"),
+            "legacy": pool.submit(kill_the_daemon, legacy, tmp_path / "legacy"),
+            "tools": pool.submit(kill_the_tools, tools, tmp_path / "tools"),
+        }
+        for name, sweep in sweeps.items():
+            measured(f"{name}: {sweep.result()}")
+
+
+def kill_the_daemon(lab: Lab, folder: Path) -> str:
+    """At each of its system calls around the writes, and at some of the rest."""
     node = lab.nodes[0]
     node.write_lease()
-    with stepping(node, tmp_path) as killer:
+    with stepping(node, folder) as killer:
         killer.reset()
         old = killer.rules()
         whole = killer.run("tool")
@@ -123,8 +140,8 @@ def test_fault_21_kill_9_at_each_system_call_of_the_daemon(
             assert (killer.rules(), killer.guard()) == (new, guard), where
         # Each of the three was met: the steps lie where the writes are.
         assert min(found.values()) > 5, found
-        measured(f"{len(steps)} kills: {list(found.values())} before, between, behind the writes")
     promises_hold(lab)
+    return f"{len(steps)} kills; before, between, behind the writes: {[*found.values()]}"
 
 
 def check_next_start(killer: Killer, state: tuple[bool, bool], where: str) -> None:
@@ -143,14 +160,11 @@ def check_next_start(killer: Killer, state: tuple[bool, bool], where: str) -> No
     assert [one["rules"] for one in replaced] == [[{"text": broad, "copies": 1}]], where
 
 
-@pytest.mark.long
-def test_fault_21_kill_9_at_each_system_call_of_a_tool(
-    nft_lab: Lab, tmp_path: Path, measured: Measured
-) -> None:
+def kill_the_tools(lab: Lab, folder: Path) -> str:
     """The tool that writes dies, and snatd goes on."""
-    node = nft_lab.nodes[0]
+    node = lab.nodes[0]
     node.write_lease()
-    with stepping(node, tmp_path) as killer:
+    with stepping(node, folder) as killer:
         killer.reset()
         old = killer.rules()
         whole = killer.run("tool")
@@ -167,5 +181,5 @@ def test_fault_21_kill_9_at_each_system_call_of_a_tool(
             written += (rules, there) == (new, guard)
             assert killer.run("tool")["ended"] == "ready", where
             assert (killer.rules(), killer.guard()) == (new, guard), where
-        measured(f"{len(steps)} kills, in {written} of them all was written nevertheless")
-    promises_hold(nft_lab)
+    promises_hold(lab)
+    return f"{len(steps)} kills; in {written} of them all was written nevertheless"
