@@ -73,6 +73,7 @@ def _failed(options: argparse.Namespace, messages: Sequence[str], status_code: i
 def _run(options: argparse.Namespace) -> int:
     from snatd.daemon import Daemon
     from snatd.host import journal
+    from snatd.kernel.privilege import drop_capabilities
     from snatd.node import require_permission
 
     # Before the daemon listens to them these would end it: a reload right after a start.
@@ -80,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_IGN)
     settings = config.load(options.config)
     require_permission()
+    drop_capabilities()
     journal.configure(settings.log_format, settings.log_level)
     return Daemon(settings, options.config).run()
 

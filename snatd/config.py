@@ -20,6 +20,7 @@ from snatd.core.model import (
     Network,
     Policy,
 )
+from snatd.host.files import FileRefused, open_to_others, read_bounded
 
 DEFAULT_PATH = Path("/etc/snatd/snatd.toml")
 
@@ -87,15 +88,19 @@ def load(path: Path | None = None) -> Config:
     named = path is not None
     path = path or DEFAULT_PATH
     try:
-        raw = _read(path)
+        if why := open_to_others(path):
+            raise ConfigError(
+                (f"{path}: not read, since others decide what it says, and root does it: {why}",)
+            )
+        raw = read_bounded(path, LARGEST_FILE_BYTES)
     except FileNotFoundError:
         if named:
             raise ConfigError((f"{path}: no such file, but --config names it",)) from None
         return Config()
     except OSError as error:
         raise ConfigError((f"{path}: cannot be read: {error.strerror}",)) from None
-    if len(raw) > LARGEST_FILE_BYTES:
-        raise ConfigError((f"{path}: larger than {LARGEST_FILE_BYTES // 1024} KiB",))
+    except FileRefused as error:
+        raise ConfigError((f"{path}: cannot be read: {error}",)) from None
     try:
         table = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:
@@ -103,12 +108,6 @@ def load(path: Path | None = None) -> Config:
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a bare ValueError
         raise ConfigError((f"{path}: not TOML: {error}",)) from None
     return from_table(table, str(path))
-
-
-def _read(path: Path) -> bytes:
-    """One byte more than allowed of a file that is too large. Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(LARGEST_FILE_BYTES + 1)
 
 
 def runtime_dir(path: Path | None = None) -> Path:
@@ -122,9 +121,9 @@ def runtime_dir(path: Path | None = None) -> Path:
         if path is not None and not path.exists():
             raise
     try:
-        table = tomllib.loads(_read(path or DEFAULT_PATH)[:LARGEST_FILE_BYTES].decode())
+        table = tomllib.loads(read_bounded(path or DEFAULT_PATH, LARGEST_FILE_BYTES).decode())
         return _path(table["runtime_dir"])
-    except (OSError, ValueError, RecursionError, KeyError):
+    except (OSError, FileRefused, ValueError, RecursionError, KeyError):
         return Config.runtime_dir
 
 

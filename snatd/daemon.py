@@ -21,8 +21,8 @@ from typing import Any
 from snatd import __version__, config, report
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendBusy, ConfigError
-from snatd.core.model import Backend, Family, Lease, join
+from snatd.core.errors import BackendBusy, ConfigError, NotConverged, is_scarcity
+from snatd.core.model import Backend, Family, Lease, Policy, join
 from snatd.core.plan import Transaction
 from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
@@ -30,7 +30,9 @@ from snatd.counts import Counts
 from snatd.evidence import Cause, Evidence
 from snatd.facts import Causes, Facts
 from snatd.host import journal, status
+from snatd.host.files import sweep
 from snatd.host.instance import Instance
+from snatd.host.memory import MemoryFile
 from snatd.host.metrics import Metric, MetricsFile
 from snatd.host.notify import Notifier
 from snatd.kernel import lock
@@ -38,7 +40,7 @@ from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Tables, Writ
 from snatd.kernel.restore import check_restore
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
-from snatd.reconcile import Pass, look, reconcile
+from snatd.reconcile import Pass, Problem, View, look, reconcile
 from snatd.saving import Saving
 
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
@@ -50,6 +52,8 @@ _SPARE_S = 10.0
 _FIRST_PASS_S = 9.0
 # Where inotify is used up, subnet.env is looked at this often.
 _UNWATCHED_S = 5.0
+# Out of memory: the loop's next turn comes after this.
+_STARVED_S = 0.5
 
 # Bytes on the wake pipe; signals write their own numbers (1 to 64).
 _SUBNET_FILE, _XTABLES_LOCK = 0xF0, 0xF1
@@ -91,14 +95,22 @@ class Daemon:
         """Runs until SIGTERM or SIGINT; leaves the rules as they are. Raises AlreadyRunning, also
         later, where somebody removed the lock and another daemon took it, and ConfigError."""
         self._instance.take()
+        self._sweep()
         self._metrics.check()
         self._open()
         self._log.info("started", version=__version__, mode=self._settings.mode)
         self._pass(_FIRST_PASS_S)
         self._notifier.ready()
         self._open_watch()
+        # The look that follows finds what came before the watch did.
+        self._heard(Event("watch_started"))
         while not self._stopping:
-            self._turn()
+            try:
+                self._turn()
+            except MemoryError:
+                # Whatever it was about, the pass that follows looks at everything anew.
+                self._schedule = self._schedule.event()
+                time.sleep(_STARVED_S)
         self._notifier.stopping()
         self._evidence.close()
         if self._watch is not None:
@@ -109,6 +121,15 @@ class Daemon:
             self._write_metrics(self._metrics.due_s)
         self._log.info("stopped", rules="left in place; `snatd revert` removes them")
         return 0
+
+    def _sweep(self) -> None:
+        """Removes what an earlier daemon, killed, left beside the files that it wrote."""
+        for path in (
+            status.path_in(self._settings.runtime_dir),
+            MemoryFile(self._settings.state_dir).path,
+        ):
+            with suppress(OSError):
+                sweep(path)
 
     def _open(self) -> None:
         # The ears come before the first look, so that nothing falls between.
@@ -130,20 +151,21 @@ class Daemon:
         return Saving(self._settings, partial(check_restore, tools=self._tools), self._say)
 
     def _open_watch(self) -> None:
-        # After READY: the import costs 80 ms, and the look that follows finds what came meanwhile.
-        from snatd.host.watch import FileWatch
-
-        watch = FileWatch()
-        watch.add(self._settings.subnet_file, lambda: self._wake(_SUBNET_FILE))
-        watch.add(lock.PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
         try:
+            # After READY: the import costs 80 ms.
+            from snatd.host.watch import FileWatch
+
+            watch = FileWatch()
+            watch.add(self._settings.subnet_file, lambda: self._wake(_SUBNET_FILE))
+            watch.add(lock.PATH, lambda: self._wake(_XTABLES_LOCK), release=True)
             watch.start()
-        except OSError as error:
-            self._watched(f"inotify: {error.strerror}")
+        except (OSError, ImportError, MemoryError) as error:
+            if not is_scarcity(error):
+                raise
+            self._watched(f"inotify: {getattr(error, 'strerror', None) or error}")
         else:
             self._watch = watch
             self._rearm()
-        self._heard(Event("watch_started"))
 
     def _wake(self, reason: int) -> None:
         with suppress(BlockingIOError):  # a full pipe wakes as well
@@ -265,10 +287,7 @@ class Daemon:
         self._poll.rebase(started_s)
         deadline = Deadline(started_s + self._within_watchdog_s(limit_s))
         policy = self._settings.policy
-        if self._settings.mode == "observe":
-            done = Pass(look(self._edges, policy, deadline))
-        else:
-            done = reconcile(self._edges, policy, deadline)
+        done = self._reconcile(policy, deadline)
         if done.applied:
             # Who wrote may have been heard only while this pass was on its way.
             for ear in tuple(self._ears):
@@ -311,6 +330,18 @@ class Daemon:
         watchdog_s = self._notifier.watchdog_s
         return limit_s if watchdog_s is None else min(limit_s, watchdog_s * _SHARE_OF_WATCHDOG)
 
+    def _reconcile(self, policy: Policy, deadline: Deadline) -> Pass:
+        try:
+            if self._settings.mode == "observe":
+                return Pass(look(self._edges, policy, deadline))
+            return reconcile(self._edges, policy, deadline)
+        except (OSError, ImportError, MemoryError) as error:
+            if not is_scarcity(error):
+                raise
+            # Each write is whole or not at all, so what was done so far is right as it is.
+            why = getattr(error, "strerror", None) or str(error) or "no memory"
+            return Pass(View(problems=(Problem(BackendBusy(f"not enough for a pass: {why}")),)))
+
     def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
         if self._notifier.watchdog_s is not None:
             share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
@@ -336,6 +367,8 @@ class Daemon:
     def _rearm(self) -> None:
         if self._watch is not None:
             self._watched("; ".join(self._watch.rearm()))
+        elif self._facts.passes:  # it was tried before, and could not be had
+            self._open_watch()
 
     def _watched(self, problem: str) -> None:
         """Where a file cannot be watched, passes come often enough to notice all the same."""
@@ -404,17 +437,19 @@ class Daemon:
         busy = report.is_busy(view) and self._schedule.failures < 3
         if not busy:
             level = "warning" if report.is_busy(view) else "error"
-            # Who holds a lock changes; that it is held is one and the same trouble.
+            # Who holds a lock changes, and what a rival made of a write; the trouble is the same.
             same = [
-                one.error.label if isinstance(one.error, BackendBusy) else str(one)
+                one.error.label if isinstance(one.error, BackendBusy | NotConverged) else str(one)
                 for one in view.problems
             ]
             problems = list(map(str, view.problems))
             self._say("backend_failed", level, problems, same, over="recovered", hint=_FAILED_HELP)
         lease = view.node.lease if view.node else None
-        if isinstance(lease, Lease) and view.node and not view.node.ipv6 and lease.of(Family.V6):
-            skipped = "IPv6 is leased, and switched off in this kernel"
-            self._say("ipv6_skipped", "info", skipped, hint="only IPv4 is looked after")
+        leased = isinstance(lease, Lease) and lease.of(Family.V6) is not None
+        skipped = leased and view.node is not None and not view.node.ipv6
+        why = "IPv6 is leased, and switched off in this kernel"
+        hint = "only IPv4 is looked after"
+        self._say("ipv6_skipped", "info", why if skipped else "", hint=hint)
         if self._settings.mode == "observe":
             changes = list(report.diff(view.plan))
             self._say("would_change", "warning", changes, over="in_sync", hint=_OBSERVE_HELP)

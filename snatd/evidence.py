@@ -21,7 +21,7 @@ from snatd import report, suspects
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendError, BackendFailed
+from snatd.core.errors import BackendError, BackendFailed, is_scarcity
 from snatd.core.flows import Ids
 from snatd.core.model import Address, Family, NodeState, count
 from snatd.core.proof import INTERVAL_S, Limiter, Probe
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # A look waits for this long, so that a rival's storm is one change; and until all looks together
 # take no more than a share of a core.
 _SETTLE_S = 0.2
+# One that descriptors or memory do not suffice for comes again after this.
+_STARVED_S = 20.0
 
 
 class Cause(enum.Enum):
@@ -134,12 +136,18 @@ class Evidence:
             return False
         self.due_s = None
         cause, self._cause = self._cause, Cause.RESYNC
-        # What the first look imports costs 0.1 s, once.
-        import snatd.kernel.conntrack
-        import snatd.kernel.probe  # noqa: F401
+        try:
+            # What the first look imports costs 0.1 s, once.
+            import snatd.kernel.conntrack
+            import snatd.kernel.probe  # noqa: F401
 
-        began_s = time.monotonic()
-        self._look(began_s, changed=cause is Cause.CHANGED)
+            began_s = time.monotonic()
+            self._look(began_s, changed=cause is Cause.CHANGED)
+        except (OSError, ImportError, MemoryError) as error:
+            if not is_scarcity(error):
+                raise
+            self._cause, self.due_s = cause, time.monotonic() + _STARVED_S
+            return False
         self._pace(began_s)
         if self._owed and self._unproved:
             self.due_s = began_s + INTERVAL_S

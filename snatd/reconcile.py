@@ -230,7 +230,8 @@ def reconcile(edges: Edges, policy: Policy, deadline: Deadline) -> Pass:
     problems = [
         Problem(error, *key) for key, error in errors.items() if key in left or _gave_up(error)
     ]
-    return Pass(_excused(view, (*view.problems, *view.unguarded, *problems), policy), tuple(done))
+    # What could not be written comes first: that it could not be read back may follow from it.
+    return Pass(_excused(view, (*problems, *view.problems, *view.unguarded), policy), tuple(done))
 
 
 def _gave_up(error: BackendError | None) -> bool:

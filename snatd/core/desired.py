@@ -22,6 +22,7 @@ from snatd.core.model import (
     join,
 )
 from snatd.core.networks import collapse, contains, overlaps, subtract
+from snatd.core.rules import names_one_device
 
 # kube-proxy in IPVS mode puts every service address on this device. They are translated before
 # POSTROUTING, and cutting out thousands of them would only make the chain long.
@@ -117,7 +118,12 @@ def find_bridge(lease: FamilyLease, links: Iterable[Link]) -> str | Hold:
     for link in sorted(links, key=lambda link: link.index):
         for address in link.addresses:
             if address == lease.gateway:
-                return link.name
+                if names_one_device(link.name):
+                    return link.name
+                return Hold(
+                    f"the device that carries {address} is called {link.name!r}, and no rule of "
+                    "iptables can name it: give it another name"
+                )
             if address.ip == lease.gateway.ip:
                 near.append(f"{link.name} carries {address}")
     but = f" ({join(near)})" if near else ""

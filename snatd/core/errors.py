@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class SnatdError(Exception):
     """Base of the errors that snatd reacts to. Its text says what, where and what to do."""
@@ -65,3 +67,16 @@ class FlowError(SnatdError):
 
 class LeaseError(SnatdError):
     """subnet.env is missing, half-written, malformed or contradicts itself."""
+
+
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.ENOSPC}
+# What the loader of libraries and threading say, who have no number for it.
+_SCARCE_TEXTS = ("Too many open files", "Cannot allocate memory", "can't start new thread")
+
+
+def is_scarcity(error: BaseException) -> bool:
+    """Whether descriptors, processes, memory or room are used up: nothing is broken, and it may
+    pass by itself."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _SCARCE
+    return isinstance(error, MemoryError) or any(one in str(error) for one in _SCARCE_TEXTS)

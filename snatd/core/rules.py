@@ -143,6 +143,12 @@ def _string_end(text: str, start: int, end: int) -> int:
     raise RuleError(f"a string is not closed: {text[start : start + 60]!r}")
 
 
+def names_one_device(name: str) -> bool:
+    """Whether `-o NAME` means the device of that name and no other: a `+` at the end means all that
+    begin like it, and some names no restore can read."""
+    return _DEVICE.match(name) is not None and not name.endswith("+")
+
+
 def parse(text: str, *, any_device: bool = False) -> Spec:
     """The meaning of a rule's text. Raises RuleError where it cannot be told for certain, and
     without `any_device` where no restore could name it."""

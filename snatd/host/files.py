@@ -46,21 +46,23 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
-def open_regular(path: Path) -> int | None:
+def open_regular(path: Path, *, follow: bool = True) -> int | None:
     """A descriptor to read from, None where there is something else than a regular file.
 
-    Never blocks: O_NONBLOCK opens a FIFO at once instead of waiting for a writer. Raises OSError.
+    Never blocks: O_NONBLOCK opens a FIFO at once instead of waiting for a writer. Raises OSError,
+    without `follow` also where there is a symlink.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    descriptor = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
     return None
 
 
-def read_bounded(path: Path, largest_bytes: int) -> bytes:
+def read_bounded(path: Path, largest_bytes: int, *, follow: bool = True) -> bytes:
     """A file's content. Never blocks. Raises OSError, FileRefused."""
-    descriptor = open_regular(path)
+    descriptor = open_regular(path, follow=follow)
     if descriptor is None:
         raise FileRefused("not a regular file")
     with open(descriptor, "rb") as file:
@@ -68,6 +70,39 @@ def read_bounded(path: Path, largest_bytes: int) -> bytes:
     if len(content) > largest_bytes:
         raise FileRefused(f"larger than {largest_bytes >> 10} KiB")
     return content
+
+
+def open_to_others(path: Path) -> str:
+    """Why others than root and this process's user decide what is at a path: by its owner or mode,
+    or by those of a directory or symlink on the way to it. Empty where nobody else does.
+
+    Raises OSError where there is nothing.
+    """
+    trusted = {0, os.geteuid()}
+    todo, seen = [Path(os.path.abspath(path))], set[Path]()
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        todo.append(one.parent)
+        status = os.lstat(one)
+        if status.st_uid not in trusted:
+            return f"{one} belongs to uid {status.st_uid}"
+        if stat.S_ISLNK(status.st_mode):
+            todo.append(one.parent / os.readlink(one))
+        # In a sticky directory nobody removes or renames what is another's.
+        elif status.st_mode & _others(status) and not _is_sticky(status):
+            return f"{one} can be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return ""
+
+
+def _others(status: os.stat_result) -> int:
+    return stat.S_IWOTH | (stat.S_IWGRP if status.st_gid else 0)
+
+
+def _is_sticky(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_ISVTX)
 
 
 def read_original(path: Path, largest_bytes: int) -> Original:

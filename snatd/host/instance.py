@@ -8,7 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from snatd.core import locks
-from snatd.core.errors import ConfigError
+from snatd.core.errors import BackendBusy, ConfigError, is_scarcity
+from snatd.host.files import open_to_others
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class AlreadyRunning(Exception):
@@ -42,13 +45,18 @@ class Instance:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Raises AlreadyRunning with the holder's pid, ConfigError where no file can be made."""
+        """Raises AlreadyRunning with the holder's pid, ConfigError where no file can be made or
+        others could, BackendBusy where there is no room for it now."""
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-            )
+            if why := open_to_others(self.path.parent):
+                raise ConfigError((f"runtime_dir: {why}: others could forge what is in it",))
+            # Who may open it may lock it, and so keep snatd from starting.
+            descriptor = os.open(self.path, _FLAGS, 0o600)
+            os.fchmod(descriptor, 0o600)
         except OSError as error:
+            if is_scarcity(error):
+                raise BackendBusy(f"runtime_dir: {self.path}: {error.strerror}") from None
             raise ConfigError((f"runtime_dir: {self.path}: {error.strerror}",)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,12 +64,18 @@ class Instance:
             pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise AlreadyRunning(pid, self.path) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
+        # The lock counts; the pid is for whoever is refused, and needs room.
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def keep(self) -> bool:
-        """Takes the lock again if somebody removed its file; True if that was so."""
+        """Takes the lock again if somebody removed its file; True if that was so.
+
+        Where no file can be made any more it stays as it is, and the next call tries again. Raises
+        AlreadyRunning where another process took it meanwhile.
+        """
         if self._descriptor is None:
             return False
         held = os.fstat(self._descriptor)
@@ -69,8 +83,12 @@ class Instance:
             there = os.stat(self.path)
             if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
                 return False
-        self.release()
-        self.take()
+        before = self._descriptor
+        try:
+            self.take()
+        except (BackendBusy, ConfigError):
+            return False
+        os.close(before)
         return True
 
     def release(self) -> None:

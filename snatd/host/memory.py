@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from snatd.core.errors import SnatdError
 from snatd.core.model import Backend, Family, Network
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, remember
-from snatd.host.files import write_whole
+from snatd.host.files import FileRefused, open_to_others, read_bounded, write_whole
 
 SCHEMA = 1
 
 # One node sees few leases in its life; a broken file must not grow without end.
 _MOST = 64
+_LARGEST_BYTES = 16 << 20
 
 Key = tuple[Family, Backend, Network]
 
@@ -36,7 +38,9 @@ class MemoryFile:
     def load(self) -> dict[Key, Memory]:
         """All memories; empty where there is no file. Raises OSError, MemoryDamaged."""
         try:
-            document = json.loads(self.path.read_bytes())
+            if why := open_to_others(self.path):
+                raise MemoryDamaged(f"{self.path} is not believed: {why}")
+            document = json.loads(read_bounded(self.path, _LARGEST_BYTES, follow=False))
             # Of another version there is nothing under this key.
             found = {SCHEMA: document["replaced"]}[document["schema"]]
             memories = [(entry, _memory(entry)) for entry in found]
@@ -46,6 +50,12 @@ class MemoryFile:
             }
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise MemoryDamaged(f"{self.path} is not believed: it is a symlink") from None
+            raise
+        except FileRefused as error:
+            raise OSError(errno.EINVAL, str(error), str(self.path)) from None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise MemoryDamaged(f"{self.path} is damaged, or not written by this version") from None
 

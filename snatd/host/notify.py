@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import sdnotify
 
 
 class Notifier:
-    """The service's side of sd_notify(3). Never blocks: a full socket drops the message."""
+    """The service's side of sd_notify(3). Never blocks: what the socket does not take now is said
+    again later, the newest of each kind."""
 
     def __init__(self) -> None:
-        self._notifier = sdnotify.SystemdNotifier()
-        if self._notifier.socket is not None:
-            self._notifier.socket.setblocking(False)
+        self._notifier: Any = None
+        self._owed: dict[str, str] = {}
         self._status = ""
         self._fed_s = 0.0
         microseconds = os.environ.get("WATCHDOG_USEC", "")
@@ -26,7 +27,9 @@ class Notifier:
         """STATUS=, if it changed."""
         if text != self._status:
             self._status = text
-            self._send(f"STATUS={text}")
+            # A newline would begin another message.
+            line = "".join(one if one.isprintable() else "?" for one in text)
+            self._send(f"STATUS={line}")
 
     def ready(self) -> None:
         self._send("READY=1")
@@ -39,11 +42,35 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self, now_s: float) -> None:
-        """Feeds the watchdog, several times per time-out and not more often than that."""
+        """Feeds the watchdog, several times per time-out and not more often than that, and says
+        what it still owes."""
         if self.watchdog_s is not None and now_s - self._fed_s >= self.watchdog_s / 8:
             self._fed_s = now_s
             self._send("WATCHDOG=1")
+        elif self._owed:
+            self._pay()
 
     def _send(self, message: str) -> None:
-        # sdnotify encodes to latin-1 and swallows the error: one odd character would lose it all.
-        self._notifier.notify(message.encode("ascii", "replace").decode("ascii"))
+        # sdnotify encodes to latin-1: one odd character would lose it all.
+        message = message.encode("ascii", "replace").decode("ascii")
+        kind = message.partition("=")[0]
+        self._owed.pop(kind, None)  # the newest goes last: READY=1 after RELOADING=1
+        self._owed[kind] = message
+        self._pay()
+
+    def _pay(self) -> None:
+        if not os.environ.get("NOTIFY_SOCKET"):
+            self._owed.clear()
+            return
+        try:
+            if self._notifier is None:
+                self._notifier = sdnotify.SystemdNotifier(debug=True)
+                self._notifier.socket.setblocking(False)
+            for kind, message in tuple(self._owed.items()):
+                self._notifier.notify(message)
+                del self._owed[kind]
+        except BlockingIOError:
+            pass
+        except OSError:
+            # Nobody listens there. If somebody does again it is another socket.
+            self._notifier = None

@@ -6,6 +6,7 @@ the pass that follows.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class FileWatch:
     """The watches on the files that matter. `rearm` at each pass: directories come and go."""
 
     def __init__(self) -> None:
+        """Raises OSError where inotify has no instance left."""
         self._observer = Observer()
         self._targets: dict[Path, _Handler] = {}
         self._armed: dict[Path, _Armed] = {}
@@ -68,8 +70,12 @@ class FileWatch:
         self._targets[path] = _Handler(path, _RELEASE if release else _CONTENT, wake)
 
     def start(self) -> None:
-        """Starts the threads. Raises OSError where inotify has no instance left."""
-        self._observer.start()
+        """Starts the threads. Raises OSError where inotify has no instance left, or where there can
+        be no thread."""
+        try:
+            self._observer.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def rearm(self) -> tuple[str, ...]:
         """Puts each watch where its file is now; returns what could not be watched, and why.
@@ -81,8 +87,9 @@ class FileWatch:
         for path, handler in self._targets.items():
             try:
                 self._rearm(path, handler)
-            except OSError as error:
-                problems.append(f"{path} cannot be watched: {error.strerror or error}")
+            except (OSError, RuntimeError) as error:
+                why = getattr(error, "strerror", None) or error
+                problems.append(f"{path} cannot be watched: {why}")
         return tuple(problems)
 
     def _rearm(self, path: Path, handler: _Handler) -> None:

@@ -7,6 +7,7 @@ Creates no table and no chain. Does not decide what the rules do; that is `trace
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +27,15 @@ from snatd.kernel.tools import Tools
 # 100 MiB of nft's memory for 20,000 native rules (nft 1.0.6; `list chains` 3 ms).
 _CHAINS_ONE_BY_ONE = 24
 _NFT_FAMILIES = {Family.V4: ("ip", "inet"), Family.V6: ("ip6", "inet")}
+# nft reads its arguments as one line of its language, in which a name that is no word of it could
+# be anything, another command too. The kernel takes any bytes.
+_WORD = re.compile(r"[A-Za-z_.][A-Za-z0-9_/.-]*")
 
 _Chains = dict[str, tuple[Step, ...]]
+
+
+class _NotAWord(BackendFailed):
+    """A table, chain or set has a name that nft cannot be given."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +95,23 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NA
             if (one.get("type"), one.get("hook")) == (kind.type, kind.hook)
         ]
         dormant = _dormant({(one["family"], one["table"]) for one in bases}, tools, deadline)
+        unread: list[str] = []
         for base in bases:
             where = (base["family"], base["table"])
             if where in dormant:
                 continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             reader = _NftTable(kind, family, *where, frozenset(names), tools, deadline)
-            chains = reader.reachable(base["name"])
+            try:
+                chains = reader.reachable(base["name"])
+            except _NotAWord as error:
+                unread.append(f"{kind.type} chain {' '.join(where)} {base['name']}: {error}")
+                continue
             drops = base.get("policy") == "drop"
             hooks.append(
                 Hook(" ".join(where), base["name"], int(base["prio"]), chains, drops, kind.hook)
             )
-    return Hooks(family, tuple(hooks))
+    return Hooks(family, tuple(hooks), tuple(unread))
 
 
 @contextmanager
@@ -139,7 +152,11 @@ def _dormant(
         flagged = {(one["family"], one["name"]) for one in tables if "flags" in one}
     except BackendFailed:
         flagged = set(some)
-    return {where for where in flagged.intersection(some) if is_dormant(*where, tools, deadline)}
+    return {
+        where
+        for where in flagged.intersection(some)
+        if _WORD.fullmatch(where[1]) and is_dormant(*where, tools, deadline)
+    }
 
 
 def _whole(
@@ -191,6 +208,8 @@ class _NftTable:
     def _by_iptables(self, name: str, everything: bool) -> Sequence[str]:
         """Reads a chain, or all, and returns what it jumps to. A native rule in one makes
         iptables-nft refuse it ("incompatible"): then nft reads it."""
+        if name.startswith("-"):  # to iptables it would be an option
+            return self._by_nft(name, everything=False)
         try:
             chain = () if everything else (name,)
             rules, _ = list_chains(
@@ -214,16 +233,24 @@ class _NftTable:
                 objects += _json(argv, self.tools, self.deadline)
             read |= more
             chains, sets = native.named(native.listing(objects))
-        texts = native.texts(self.tools.run(["nft", "-a", "list", *what], self.deadline))
+        texts = native.texts(_nft(["list", *what], self.tools, self.deadline, "-a"))
         compiled = native.compiled(self.family, native.listing(objects), texts)
         self.chains |= {one: steps for one, steps in compiled.items() if one not in self.chains}
         return list(chains)
 
 
 def _json(words: Sequence[str], tools: Tools, deadline: Deadline) -> list[Any]:
-    argv = ["nft", "-j", *words]
-    output = tools.run(argv, deadline)
+    output = _nft(words, tools, deadline, "-j")
     try:
         return list(json.loads(output)["nftables"])
     except (ValueError, KeyError, TypeError):
-        raise BackendFailed(f"`{' '.join(argv)}` printed something other than JSON") from None
+        what = " ".join(words)
+        raise BackendFailed(f"`nft -j {what}` printed something other than JSON") from None
+
+
+def _nft(words: Sequence[str], tools: Tools, deadline: Deadline, option: str = "-s") -> str:
+    """Raises what Tools.run does, and _NotAWord before anything is run."""
+    for one in words:
+        if not _WORD.fullmatch(one):
+            raise _NotAWord(f"nft cannot be asked for {one!r}: rename it")
+    return tools.run(["nft", option, *words], deadline)

@@ -17,8 +17,9 @@ Parsed = TypeVar("Parsed")
 
 # A listing is one snapshot of the kernel's and needs no lock. iptables-legacy takes it all the
 # same, so its lock is pointed elsewhere: a rival who holds the true one cannot keep us from
-# looking, and our look does not wake those who watch that file, us among them.
-NO_LOCK = {"XTABLES_LOCKFILE": "/dev/null"}
+# looking, and our look does not wake those who watch that file, us among them. Each process has an
+# `environ` of its own, which only root may open; /dev/null any user could lock, for ever.
+NO_LOCK = {"XTABLES_LOCKFILE": "/proc/self/environ"}
 
 
 def read_ruleset(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.errors import BackendBusy, BackendFailed, is_scarcity
 from snatd.core.locks import holder
 
 PATH = Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 _TRY_AGAIN_S = 0.005
+# Without O_NONBLOCK a FIFO would be waited for until somebody writes to it.
+_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass
@@ -76,14 +79,19 @@ class XtablesLock:
         self.close()
         try:
             # As iptables opens it, so that whoever comes first leaves the same file.
-            self._descriptor = os.open(
-                self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
+            descriptor = os.open(self.path, _FLAGS, 0o600)
         except OSError as error:
-            raise BackendFailed(
-                f"{self.path} cannot be opened: {error.strerror}: iptables-legacy cannot either"
-            ) from None
-        return self._descriptor
+            if is_scarcity(error):
+                raise BackendBusy(f"{self.path} cannot be opened now: {error.strerror}") from None
+            raise self._unusable(error.strerror or str(error)) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise self._unusable("not a regular file")
+        self._descriptor = descriptor
+        return descriptor
+
+    def _unusable(self, why: str) -> BackendFailed:
+        return BackendFailed(f"{self.path} cannot be opened: {why}: iptables-legacy cannot either")
 
     def _is_current(self, descriptor: int) -> bool:
         try:

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from snatd.core.errors import BackendBusy, is_scarcity
 from snatd.core.model import Family
 
 # include/uapi/linux/netfilter_ipv4/ip_tables.h and netfilter_ipv6/ip6_tables.h
@@ -49,7 +50,7 @@ def is_in_use(family: Family) -> bool:
     """Whether the legacy nat table of this network namespace holds more than its policies.
 
     The kernel is asked only if the table is listed, because asking creates it (before 5.15 it is
-    listed in every namespace). Takes 10 us.
+    listed in every namespace). Takes 10 us. Raises BackendBusy where it cannot be asked now.
     """
     layout = _LAYOUTS[family]
     try:
@@ -57,7 +58,9 @@ def is_in_use(family: Family) -> bool:
             return False
         with socket.socket(layout.domain, socket.SOCK_DGRAM) as handle:
             entries, _ = _info(handle, layout)
-    except OSError:
+    except OSError as error:
+        if is_scarcity(error):
+            raise BackendBusy(f"{layout.names}: {error.strerror}") from None
         return False
     return entries > _EMPTY_NAT_ENTRIES
 

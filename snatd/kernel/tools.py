@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendBusy, BackendFailed
@@ -21,12 +22,17 @@ from snatd.core.errors import BackendBusy, BackendFailed
 # A service's PATH has these; an operator's `su` on Debian may not.
 SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
+_LONGEST_DYING_S = 1.0
+_MOST_UNDYING = 4
+
 
 @dataclass
 class Tools:
     """Starts children and remembers their pids, so that our own writes are known as ours."""
 
     own_pids: deque[int] = field(default_factory=lambda: deque(maxlen=512))
+    _undying: ClassVar[list[subprocess.Popen[bytes]]] = []
+    """Killed, and still there: a process ends only when what it waits for in the kernel is over."""
 
     def find(self, name: str) -> str | None:
         """The absolute path of a tool: by PATH first, then where distributions put it."""
@@ -66,8 +72,13 @@ class Tools:
     ) -> subprocess.Popen[bytes]:
         """A running child, to be read by the caller and given to `end`, whatever comes.
 
-        Raises BackendFailed where it is not installed, BackendBusy where no process can be made.
+        Raises BackendFailed where it is not installed, BackendBusy where no process can be made, or
+        too many that were killed have not ended.
         """
+        self._undying[:] = [one for one in self._undying if one.poll() is None]
+        if len(self._undying) >= _MOST_UNDYING:
+            pids = " ".join(str(one.pid) for one in self._undying)
+            raise BackendBusy(f"{argv[0]} is not started: pids {pids} were killed and do not end")
         path = self.find(argv[0])
         if path is None:
             raise BackendFailed(f"{argv[0]} is not installed, or not in PATH or {SEARCH_PATH}")
@@ -80,20 +91,27 @@ class Tools:
                 env={"PATH": SEARCH_PATH, **os.environ, "LC_ALL": "C", **(environment or {})},
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            why = getattr(error, "strerror", None) or "no memory"
             if isinstance(error, PermissionError | FileNotFoundError):
-                raise BackendFailed(f"{path} cannot be run: {error.strerror}") from None
-            raise BackendBusy(f"{path} cannot be started now: {error.strerror}") from None
+                raise BackendFailed(f"{path} cannot be run: {why}") from None
+            raise BackendBusy(f"{path} cannot be started now: {why}") from None
         self.own_pids.append(child.pid)
         return child
 
     @staticmethod
     def end(child: subprocess.Popen[bytes]) -> None:
-        """Kills the child's process group if it still runs, and closes what led to it."""
+        """Kills the child's process group if it still runs, and closes what led to it.
+
+        Waits at most a second: one that hangs in the kernel is asked for again by the next start.
+        """
         if child.poll() is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            try:
+                child.wait(_LONGEST_DYING_S)
+            except subprocess.TimeoutExpired:
+                Tools._undying.append(child)
         for stream in (child.stdin, child.stdout, child.stderr):
             if stream is not None:
                 with suppress(OSError):

@@ -403,7 +403,7 @@ def test_a_damaged_memory_is_told_and_kept(node: Node, snatd: Snatd) -> None:
     assert rules(node) == [broad(node)]
 
 
-def test_a_missing_tool_is_not_an_empty_table(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_12_a_missing_tool_is_not_an_empty_table(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     hidden = tmp_path / "sbin"

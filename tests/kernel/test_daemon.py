@@ -46,7 +46,7 @@ def start(lab: Lab, tmp_path: Path) -> Iterator[Start]:
         assert "Traceback" not in log, log
 
 
-def test_a_rule_put_back_is_narrowed_and_its_writer_named(
+def test_fault_03_a_rule_put_back_is_narrowed_and_its_writer_named(
     lab: Lab, node: Node, start: Start, backend: str
 ) -> None:
     node.write_lease()
@@ -138,7 +138,7 @@ def test_in_a_pid_namespace_our_own_writes_are_nobodys(nft_lab: Lab, tmp_path: P
         until(lambda: snatd.status()["repairs"] == 2 + 2 * 10, "none but what was undone")
 
 
-def test_our_rule_deleted_or_all_flushed_comes_back(node: Node, start: Start) -> None:
+def test_fault_04_our_rule_deleted_or_all_flushed_comes_back(node: Node, start: Start) -> None:
     node.write_lease()
     start()
     add(node, "-D", "POSTROUTING", *NARROW.split(" "))
@@ -168,51 +168,9 @@ def test_it_waits_for_the_lease_and_for_the_bridge(node: Node, start: Start) -> 
     assert "no device carries 172.7.21.1/24" in snatd.wait_for("hold_ended")[0]["was"][0]
 
 
-def test_the_leases_directory_comes_and_goes(node: Node, start: Start) -> None:
-    shutil.rmtree(node.host.path("/run/flannel"))
-    snatd = start()
-    node.write_lease()
-    until(lambda: rules(node) == [NARROW], "a directory made after the start")
-    shutil.rmtree(node.host.path("/run/flannel"))
-    until(lambda: snatd.status()["state"] == "waiting", "the directory removed")
-    assert rules(node) == [NARROW], "unknown is not empty"
-    node.write_lease("172.4.0.0/14")
-    moved = NARROW.replace("172.7.0.0/16", "172.4.0.0/14")
-    until(lambda: rules(node) == [moved], "the directory made again")
-
-
-def test_a_lease_change_leaves_nothing_stale(node: Node, start: Start) -> None:
-    node.write_lease()
-    start()
-    node.host.run("ip", "addr", "add", "172.9.3.1/24", "dev", "docker0")
-    node.write_lease("172.9.0.0/16", subnet="172.9.3.1/24")
-    new = NARROW.replace("172.7.21.0", "172.9.3.0").replace("172.7.0.0", "172.9.0.0")
-    until(lambda: rules(node) == [new], "the new lease's rule alone")
-
-
-@pytest.mark.parametrize(
-    "content", ["", "FLANNEL_NETWORK=172.7.0.0/16\n", "FLANNEL_SUBNET=172.7.21.1/24", "x\n", "\0"]
-)
-def test_a_broken_lease_changes_nothing(nft_lab: Lab, tmp_path: Path, content: str) -> None:
-    node = nft_lab.nodes[0]
-    node.write_lease()
-    with Snatd(node.host, tmp_path) as snatd:
-        snatd.start()
-        node.host.path("/run/flannel/subnet.env").write_text(content)
-        until(lambda: snatd.status()["state"] == "waiting", "the broken file")
-        assert rules(node) == [NARROW]
-        assert "/run/flannel/subnet.env" in snatd.status()["headline"]
-
-
-def test_a_fifo_in_place_of_the_lease_does_not_block(nft_lab: Lab, tmp_path: Path) -> None:
-    node = nft_lab.nodes[0]
-    os.mkfifo(node.host.path("/run/flannel/subnet.env"))
-    with Snatd(node.host, tmp_path) as snatd:
-        snatd.start()
-        assert "not a regular file" in snatd.status()["headline"]
-
-
-def test_reload_takes_a_good_configuration_and_refuses_a_bad_one(node: Node, start: Start) -> None:
+def test_fault_24_reload_takes_a_good_configuration_and_refuses_a_bad_one(
+    node: Node, start: Start
+) -> None:
     node.write_lease()
     snatd = start()
     snatd.write_config(networks=["not a network"], resync="soon")
@@ -251,14 +209,16 @@ def test_stop_leaves_the_rules_and_says_so(node: Node, start: Start) -> None:
     assert snatd.command("status").returncode == 3
 
 
-def test_one_daemon_a_node(start: Start) -> None:
+def test_fault_23_one_daemon_a_node(start: Start) -> None:
     snatd = start()
     second = snatd.command("run")
     assert second.returncode == 1
     assert f"already running as pid {snatd.pid}" in second.stderr
 
 
-def test_kill_minus_nine_and_a_new_start_writes_nothing_needless(node: Node, start: Start) -> None:
+def test_fault_21_kill_minus_nine_and_a_new_start_writes_nothing_needless(
+    node: Node, start: Start
+) -> None:
     node.write_lease()
     first = start()
     first.process.kill()
@@ -312,7 +272,7 @@ def test_a_native_rule_in_the_nat_table_does_not_stop_the_other_backend(
         assert "is incompatible, use 'nft' tool" in recovered["was"][0]
 
 
-def test_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_10_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path) as snatd:
@@ -333,7 +293,7 @@ def test_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: Path) -> N
         assert rules(node, "iptables-legacy").count(NARROW) == 1
 
 
-def test_a_held_lock_is_waited_for_and_its_holder_named(lab: Lab, tmp_path: Path) -> None:
+def test_fault_08_a_held_lock_is_waited_for_and_its_holder_named(lab: Lab, tmp_path: Path) -> None:
     node = lab.nodes[0]
     node.write_lease()
     add(node, "-A", "POSTROUTING", *node.broad_rule, command="iptables-legacy")
@@ -366,7 +326,7 @@ def _shim(folder: Path, name: str, body: str) -> None:
         ("echo '-P POSTROUTING ACCEPT'; exit 3", "exit 3"),
     ],
 )
-def test_a_broken_tool_is_told_and_recovered_from(
+def test_fault_12_a_broken_tool_is_told_and_recovered_from(
     nft_lab: Lab, tmp_path: Path, body: str, says: str
 ) -> None:
     node = nft_lab.nodes[0]
@@ -385,7 +345,7 @@ def test_a_broken_tool_is_told_and_recovered_from(
         assert rules(node, "iptables-nft") == [NARROW]
 
 
-def test_the_watchdog_is_fed_while_idle_and_while_a_tool_hangs(
+def test_fault_12_the_watchdog_is_fed_while_idle_and_while_a_tool_hangs(
     nft_lab: Lab, tmp_path: Path
 ) -> None:
     node = nft_lab.nodes[0]
@@ -402,7 +362,7 @@ def test_the_watchdog_is_fed_while_idle_and_while_a_tool_hangs(
         snatd.wait_for_notification("WATCHDOG=1", within_s=20)
 
 
-def test_a_fight_is_backed_off_and_told_once(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_07_a_fight_is_backed_off_and_told_once(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path) as snatd:
@@ -428,7 +388,7 @@ def test_a_fight_is_backed_off_and_told_once(nft_lab: Lab, tmp_path: Path) -> No
         assert rules(node) == [NARROW]
 
 
-def test_a_storm_of_foreign_rules_wakes_no_pass(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_15_a_storm_of_foreign_rules_wakes_no_pass(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     storm = "*nat\n:KUBE-SVC - [0:0]\n" + "".join(
@@ -447,7 +407,9 @@ def test_a_storm_of_foreign_rules_wakes_no_pass(nft_lab: Lab, tmp_path: Path) ->
         assert snatd.status()["in_sync"]
 
 
-def test_packets_are_right_through_a_hundred_rewrites(lab: Lab, node: Node, start: Start) -> None:
+def test_fault_03_packets_are_right_through_a_hundred_rewrites(
+    lab: Lab, node: Node, start: Start
+) -> None:
     node.write_lease()
     start()
     neighbour = lab.nodes[1]
@@ -457,7 +419,9 @@ def test_packets_are_right_through_a_hundred_rewrites(lab: Lab, node: Node, star
         assert seen_by(node.container, neighbour.container_address) == node.container_address
 
 
-def test_ready_comes_in_time_although_everything_hangs(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_12_ready_comes_in_time_although_everything_hangs(
+    nft_lab: Lab, tmp_path: Path
+) -> None:
     """Other services wait for it at boot."""
     node = nft_lab.nodes[0]
     node.write_lease(v6=True)
@@ -494,7 +458,7 @@ def test_the_journal_gets_native_fields(nft_lab: Lab, tmp_path: Path) -> None:
     assert fields["MESSAGE"].startswith("rule_narrowed: ")
 
 
-def test_a_hostile_comment_forges_no_field(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_34_a_hostile_comment_forges_no_field(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     comment = "x\nSNATD_EVENT=forged\nMESSAGE=all is well\x1b[2J\n-A POSTROUTING -j MASQUERADE"
@@ -519,25 +483,7 @@ def test_a_hostile_comment_forges_no_field(nft_lab: Lab, tmp_path: Path) -> None
         assert all("\n" not in one.partition("=")[2] for one in snatd.notifications)
 
 
-def test_a_stopped_journal_does_not_block(nft_lab: Lab, tmp_path: Path) -> None:
-    """Nobody reads the socket; what does not fit is dropped and counted."""
-    node = nft_lab.nodes[0]
-    node.write_lease()
-    folder = node.host.path("/run/systemd/journal")
-    folder.mkdir(parents=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-        journal.bind(f"{folder}/socket")
-        with Snatd(node.host, tmp_path, log_format="journal") as snatd:
-            snatd.start()
-            for number in range(400):
-                snatd.signal(signal.SIGUSR1)
-                until(lambda: snatd.status()["written_at"] != "", f"summary {number}")
-            until(lambda: snatd.status()["dropped_log_lines"] > 0, "a dropped line")
-            add(node, "-I", "POSTROUTING", *node.broad_rule)
-            until(lambda: rules(node) == [NARROW], "the repair goes on")
-
-
-def test_ipv6_switched_off_is_skipped_and_said_once(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_31_ipv6_switched_off_is_skipped_and_said_once(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease(v6=True)
     node.host.shell("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
@@ -586,7 +532,7 @@ def test_a_reload_at_once_does_not_end_it(nft_lab: Lab, tmp_path: Path) -> None:
         assert snatd.process.poll() is None
 
 
-def test_without_a_journal_the_log_goes_to_stderr(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_28_without_a_journal_the_log_goes_to_stderr(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path, log_format="journal") as snatd:

@@ -83,7 +83,9 @@ def entries(host: Namespace) -> set[str]:
     return found
 
 
-def test_flows_from_before_the_repair(lab: Lab, node: Node, snatd: Snatd, tmp_path: Path) -> None:
+def test_fault_30_flows_from_before_the_repair(
+    lab: Lab, node: Node, snatd: Snatd, tmp_path: Path
+) -> None:
     other = lab.nodes[1]
     udp = Udp(node.container, other.container_address)
     udp_v6 = Udp(node.container, other.container_v6)
@@ -127,7 +129,7 @@ def test_flows_from_before_the_repair(lab: Lab, node: Node, snatd: Snatd, tmp_pa
     assert snatd.command("flows").stdout == "no flow hides a container's address\n"
 
 
-def test_no_entry_of_anyone_else_is_touched(
+def test_fault_30_no_entry_of_anyone_else_is_touched(
     lab: Lab, node: Node, snatd: Snatd, tmp_path: Path
 ) -> None:
     other, pod = lab.nodes[1], lab.nodes[1].container_address
@@ -241,7 +243,7 @@ def sweep(node: Node, limit_s: float = 10, **options: object) -> Tally:
         return Sweep(leased(node), Tools(), limit_s, **options).run()  # type: ignore[arg-type]
 
 
-def test_flows_since_a_change(lab: Lab, node: Node, tmp_path: Path) -> None:
+def test_fault_30_flows_since_a_change(lab: Lab, node: Node, tmp_path: Path) -> None:
     pod = lab.nodes[1].container_address
     wrong = Udp(node.container, pod)
     assert wrong.seen_as() == node.address

@@ -82,7 +82,7 @@ def test_without_the_guard_hundreds_are_wrong(nft_lab: Lab, tmp_path: Path) -> N
     assert seen[OUTSIDE, node.address] == CONNECTIONS, seen
 
 
-def test_with_the_guard_none_is_wrong(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_03_with_the_guard_none_is_wrong(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path) as snatd:
@@ -95,7 +95,7 @@ def test_with_the_guard_none_is_wrong(nft_lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [SIGSTOP, SIGKILL])
-def test_nor_with_a_daemon_that_is_stopped_or_dead(
+def test_fault_22_nor_with_a_daemon_that_is_stopped_or_dead(
     nft_lab: Lab, tmp_path: Path, number: int
 ) -> None:
     node = nft_lab.nodes[0]
@@ -130,7 +130,7 @@ def meanwhile(lab: Lab, act: Callable[[], None]) -> Seen:
     return found[0]
 
 
-def test_nor_while_it_is_restarted(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_32_nor_while_it_is_restarted(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
 
@@ -150,7 +150,7 @@ def test_nor_while_it_is_restarted(nft_lab: Lab, tmp_path: Path) -> None:
     assert wrong(seen, nft_lab) == {}
 
 
-def test_nor_while_it_is_upgraded_in_place(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_32_nor_while_it_is_upgraded_in_place(nft_lab: Lab, tmp_path: Path) -> None:
     """Another version in the same folder, whose guard is not like the one that stands."""
     node = nft_lab.nodes[0]
     node.write_lease()
@@ -223,7 +223,9 @@ def guard_of(node: Node, family: str = "ip") -> str:
         " nft add chain ip snatd postrouting { type nat hook postrouting priority 200\\; }",
     ],
 )
-def test_whatever_is_done_to_it_it_is_made_again(nft_lab: Lab, tmp_path: Path, attack: str) -> None:
+def test_fault_04_whatever_is_done_to_it_it_is_made_again(
+    nft_lab: Lab, tmp_path: Path, attack: str
+) -> None:
     node = nft_lab.nodes[0]
     node.write_lease(v6=True)
     with Snatd(node.host, tmp_path) as snatd:
@@ -269,7 +271,9 @@ def test_it_stands_before_the_bridge_does(nft_lab: Lab, tmp_path: Path) -> None:
         snatd.process.send_signal(SIGCONT)
 
 
-def test_a_lease_change_moves_it_before_the_old_rule_goes(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_19_a_lease_change_moves_it_before_the_old_rule_goes(
+    nft_lab: Lab, tmp_path: Path
+) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path) as snatd:
@@ -357,7 +361,7 @@ def test_on_makes_that_degraded(nft_lab: Lab, tmp_path: Path) -> None:
         assert snatd.command("apply").returncode == 4
 
 
-def test_no_nft_at_all(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_12_no_nft_at_all(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     empty = tmp_path / "empty"

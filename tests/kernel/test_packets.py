@@ -115,7 +115,7 @@ def test_snat_to_a_host_address_keeps_its_target(lab: Lab, node: Node, tmp_path:
     assert seen_by(node.container, lab.nodes[1].container_address) == node.container_address
 
 
-def test_both_backends_at_once(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_14_both_backends_at_once(nft_lab: Lab, tmp_path: Path) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     for command in ("iptables-nft", "iptables-legacy"):

@@ -50,7 +50,7 @@ def inside(host: Namespace) -> Iterator[Namespace]:
         yield host
 
 
-def test_nft_a_rival_inserts_between_read_and_write_200_times(inside: Namespace) -> None:
+def test_fault_11_nft_a_rival_inserts_between_read_and_write_200_times(inside: Namespace) -> None:
     tables = NftTables(Family.V4, Tools())
     foreign = [f"-s 192.0.2.{number}/32 -j RETURN" for number in range(4)]
     inside.run(
@@ -83,7 +83,7 @@ def test_nft_a_rival_inserts_between_read_and_write_200_times(inside: Namespace)
 
 
 @pytest.mark.parametrize("kind", ["nft", "legacy"])
-def test_what_is_no_longer_there_is_not_removed(
+def test_fault_11_what_is_no_longer_there_is_not_removed(
     inside: Namespace, kind: str, tmp_path: Path
 ) -> None:
     tables = _tables(kind, tmp_path)
@@ -103,7 +103,7 @@ def _tables(kind: str, folder: Path) -> NftTables | LegacyTables:
     return LegacyTables(Family.V4, Tools(), XtablesLock(folder / "xtables.lock"))
 
 
-def test_legacy_does_not_write_while_another_holds_the_lock(
+def test_fault_08_legacy_does_not_write_while_another_holds_the_lock(
     inside: Namespace, tmp_path: Path
 ) -> None:
     """Fails at once when the lock is left out: the write would not wait."""
@@ -127,7 +127,9 @@ def test_legacy_does_not_write_while_another_holds_the_lock(
     assert order == ["released", "written"]
 
 
-def test_legacy_against_a_rival_that_takes_the_lock(inside: Namespace, tmp_path: Path) -> None:
+def test_fault_11_legacy_against_a_rival_that_takes_the_lock(
+    inside: Namespace, tmp_path: Path
+) -> None:
     """Each iptables-legacy call reads, changes and commits the whole table under the lock."""
     tables = _tables("legacy", tmp_path)
     lock = f"XTABLES_LOCKFILE={tmp_path / 'xtables.lock'}"
@@ -171,7 +173,7 @@ class RacedTools(Tools):
         return output
 
 
-def test_legacy_sees_a_writer_without_the_lock(inside: Namespace, tmp_path: Path) -> None:
+def test_fault_10_legacy_sees_a_writer_without_the_lock(inside: Namespace, tmp_path: Path) -> None:
     """The size stays the same, so the kernel itself would let us undo it."""
 
     def legacy(*words: str) -> str:
@@ -188,7 +190,7 @@ def test_legacy_sees_a_writer_without_the_lock(inside: Namespace, tmp_path: Path
     assert "192.0.2.2/32" in legacy("-S", "OUTPUT"), "the rival's change is not lost"
 
 
-def test_the_lock_follows_its_file(tmp_path: Path) -> None:
+def test_fault_09_the_lock_follows_its_file(tmp_path: Path) -> None:
     """Removed and made again by somebody (fault 9): the new file is the lock."""
     lock = XtablesLock(tmp_path / "xtables.lock")
     with lock.held(soon()):

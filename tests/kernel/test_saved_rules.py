@@ -485,7 +485,7 @@ def steps(path: Path, log: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=EIO"])
-def test_the_power_may_be_cut_at_any_system_call(tmp_path: Path, fault: str) -> None:
+def test_fault_21_the_power_may_be_cut_at_any_system_call(tmp_path: Path, fault: str) -> None:
     folder = tmp_path / "iptables"
     calls = steps(old_file(folder), tmp_path / "log")
     assert len(calls) > 40

@@ -16,7 +16,7 @@ from tests.system.machine import Machine
 from tests.system.node import BROAD, NARROW, NEIGHBOUR, NODE, Node
 
 
-def test_boot_reboot_and_a_power_cut(off: Node) -> None:
+def test_fault_21_boot_reboot_and_a_power_cut(off: Node) -> None:
     boot.prepare(off.machine.root)
     off.machine.start()
     right_again_without_a_person(off)
@@ -38,7 +38,7 @@ def test_without_snatd_the_container_is_seen_as_the_node(bare: Node) -> None:
     until(lambda: (NEIGHBOUR, NODE) in answers(machine), "the problem")
 
 
-def test_an_upgrade_under_traffic(off: Node, packages: Packages) -> None:
+def test_fault_32_an_upgrade_under_traffic(off: Node, packages: Packages) -> None:
     machine = off.machine
     boot.prepare(machine.root)
     machine.start()
@@ -125,7 +125,7 @@ def test_a_refused_configuration_is_told_and_does_not_break_apt(
     assert machine.show("snatd", "ActiveState") == "active"
 
 
-def test_an_upgrade_leaves_the_rules(node: Node, packages: Packages) -> None:
+def test_fault_32_an_upgrade_leaves_the_rules(node: Node, packages: Packages) -> None:
     node.add_broad()
     node.wait_for_repair()
     before = node.machine.run("nft", "-s", "list", "ruleset")

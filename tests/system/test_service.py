@@ -202,7 +202,7 @@ def test_started_and_stopped_are_told_and_a_stop_leaves_the_rules(node: Node) ->
     node.promises_hold()
 
 
-def test_a_hang_ends_in_a_restart_by_the_watchdog(off: Node) -> None:
+def test_fault_22_a_hang_ends_in_a_restart_by_the_watchdog(off: Node) -> None:
     drop_in = off.machine.root / "etc/systemd/system/snatd.service.d/fast.conf"
     drop_in.parent.mkdir(parents=True)
     drop_in.write_text("[Service]\nWatchdogSec=2\nTimeoutAbortSec=1\nRestartSec=100ms\n")
@@ -222,7 +222,7 @@ def test_a_hang_ends_in_a_restart_by_the_watchdog(off: Node) -> None:
     assert machine.journal("-b", "-u", "snatd", "--grep=Watchdog timeout")
 
 
-def test_a_kill_ends_in_a_restart(node: Node) -> None:
+def test_fault_21_a_kill_ends_in_a_restart(node: Node) -> None:
     machine = node.machine
     node.wait_for_status("in sync")
     pid = machine.show("snatd", "MainPID")
@@ -234,7 +234,7 @@ def test_a_kill_ends_in_a_restart(node: Node) -> None:
     assert machine.show("snatd", "NRestarts") == "1"
 
 
-def test_a_broken_file_keeps_the_old_configuration_and_says_so(node: Node) -> None:
+def test_fault_24_a_broken_file_keeps_the_old_configuration_and_says_so(node: Node) -> None:
     machine = node.machine
     node.wait_for_status("in sync")
     file = machine.path("/etc/snatd/snatd.toml")
@@ -289,7 +289,7 @@ def test_a_state_directory_that_is_missing(off: Node, read_only: bool) -> None:
         assert "Read-only file system" in machine.event("state_not_kept")["MESSAGE"]
 
 
-def test_the_lock_file_removed_and_made_again(node: Node) -> None:
+def test_fault_09_the_lock_file_removed_and_made_again(node: Node) -> None:
     """A bind of the one file would go on pointing to the one that was removed."""
     machine = node.machine
     node.iptables("-A", "POSTROUTING", "-s", "192.0.2.1", "-j", "ACCEPT", backend="legacy")
@@ -389,7 +389,7 @@ def test_what_it_sends_and_lists_works_under_its_confinement(node: Node) -> None
     assert [one["MESSAGE"] for one in warnings] == []
 
 
-def test_a_rival_is_fought_with_patience_and_one_line(node: Node) -> None:
+def test_fault_07_a_rival_is_fought_with_patience_and_one_line(node: Node) -> None:
     machine = node.machine
     node.wait_for_status("in sync")
     machine.path("/root/rival.sh").write_text(

@@ -1,0 +1,142 @@
+"""Row 26: disks that are full or read-only. Enforcement goes on; no file is ever half."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Start
+from tests.faults.test_rules import settled
+from tests.kernel.test_packets import NARROW, add, promises_hold, rules
+from tests.lab.netns import until
+from tests.lab.network import Lab, Node
+
+
+def small_disk(node: Node, path: Path | str, options: str = "size=64k") -> None:
+    node.host.run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path))
+
+
+def fill(node: Node, path: Path | str) -> Path:
+    """Not a byte is left; the file to remove for that to end."""
+    filler = f"{path}/filler"
+    node.host.run("dd", "if=/dev/zero", f"of={filler}", "bs=4k", check=False)
+    return node.host.path(filler)
+
+
+def repaired(node: Node, *match: str) -> None:
+    add(node, "-I", "POSTROUTING", *match, *node.broad_rule)
+    until(lambda: rules(node) == [NARROW], "the repair")
+
+
+ANOTHER = ("-m", "comment", "--comment", "another")
+
+
+FULL = "No space left on device"
+READ_ONLY = "Read-only file system"
+
+
+@pytest.mark.parametrize("fault", [FULL, READ_ONLY])
+def test_fault_26_state_dir(
+    nft_lab: Lab, node: Node, start: Start, tmp_path: Path, fault: str
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    small_disk(node, state)
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    snatd = start(node, state_dir=str(state))
+    settled(snatd)
+    memory = node.host.path(str(state / "replaced.json"))
+    before = memory.read_bytes()
+    if fault == FULL:
+        filler = fill(node, state)
+    else:
+        node.host.run("mount", "-o", "remount,ro", str(state))
+    repaired(node, *ANOTHER)
+    (told,) = snatd.wait_for("state_not_kept")
+    assert fault in told["what"]
+    assert memory.read_bytes() == before, "the old one, whole"
+    assert sorted(os.listdir(memory.parent)) in (["replaced.json"], ["filler", "replaced.json"])
+    promises_hold(nft_lab)
+    if fault == FULL:
+        filler.unlink()
+    else:
+        node.host.run("mount", "-o", "remount,rw", str(state))
+    repaired(node, *ANOTHER)
+    until(lambda: memory.read_bytes() != before, "the new one")
+    assert len(json.loads(memory.read_bytes())["replaced"][-1]["rules"]) == 2
+
+
+def test_fault_26_no_space_in_run(nft_lab: Lab, node: Node, start: Start) -> None:
+    """The status file is the old one, whole; a start needs no space there either."""
+    snatd = start(node, resync=1)
+    settled(snatd)
+    node.host.run("mount", "-o", "remount,size=256k", "/run")
+    filler = fill(node, "/run")
+    add(node, "-I", "POSTROUTING", *node.broad_rule)
+    until(lambda: rules(node) == [NARROW], "the repair")
+    (told,) = snatd.wait_for("status_not_written")
+    assert told["what"] == f"/run/snatd/status.json: {FULL}"
+    assert snatd.status()["pid"] == snatd.pid, "the old one, whole"
+    assert os.listdir(node.host.path("/run/snatd")).count("status.json") == 1
+    assert len(os.listdir(node.host.path("/run/snatd"))) == 2
+    snatd.stop()
+    snatd.start()
+    repaired(node)
+    promises_hold(nft_lab)
+    filler.unlink()
+    until(lambda: snatd.status()["pid"] == snatd.pid, "the new one")
+    assert "already running as pid" in snatd.command("run").stderr
+
+
+def test_fault_26_the_lock_cannot_be_made_again(nft_lab: Lab, node: Node, start: Start) -> None:
+    """Its directory is removed, and what is there instead lets no other be made."""
+    snatd = start(node, resync=1)
+    settled(snatd)
+    runtime_dir = node.host.path("/run/snatd")
+    node.host.shell("rm -r /run/snatd; touch /run/snatd")
+    repaired(node)
+    passes = len(snatd.events())
+    promises_hold(nft_lab)
+    snatd.wait_for("status_not_written")
+    assert snatd.process.poll() is None
+    runtime_dir.unlink()
+    snatd.wait_for("lock_restored")
+    assert "already running as pid" in snatd.command("run").stderr
+    assert len(snatd.events()) < passes + 10
+
+
+SAVED = "*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n*nat\n:POSTROUTING ACCEPT [0:0]\n{rule}COMMIT\n"
+
+
+@pytest.mark.parametrize("fault", [FULL, READ_ONLY])
+def test_fault_26_a_saved_file(
+    nft_lab: Lab, node: Node, start: Start, tmp_path: Path, fault: str
+) -> None:
+    folder = tmp_path / "iptables"
+    folder.mkdir()
+    small_disk(node, folder)
+    path = node.host.path(str(folder / "rules.v4"))
+    old = SAVED.format(rule=f"-A POSTROUTING {' '.join(node.broad_rule)}\n")
+    path.write_text(old)
+    if fault == FULL:
+        filler = fill(node, folder)
+    else:
+        node.host.run("mount", "-o", "remount,ro", str(folder))
+    snatd = start(node, saved_rules=str(folder / "rules.v4"), resync=1)
+    (told,) = snatd.wait_for("saved_rules_left_alone")
+    assert fault in str(told["what"])
+    assert path.read_text() == old
+    until(lambda: snatd.status()["saved_rules"][0]["state"] == "not written", "it told")
+    repaired(node)
+    promises_hold(nft_lab)
+    if fault == FULL:
+        filler.unlink()
+    else:
+        node.host.run("mount", "-o", "remount,rw", str(folder))
+    done = snatd.command("save")
+    assert done.returncode == 0, done.stdout
+    assert path.read_text() == SAVED.format(rule=f"-A POSTROUTING {NARROW}\n")
+    assert (path.parent / "rules.v4.snatd-backup").read_text() == old
