@@ -26,7 +26,7 @@ _DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 _UNSHARE = ("unshare", "--net", "--mount", "--propagation", "private")
 
 
-def until(condition: Callable[[], Any], what: str, within_s: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
     """Waits for a condition, never for a time. Returns what it gave; fails loudly at the end."""
     end_s = time.monotonic() + within_s
     while not (result := condition()):

@@ -64,7 +64,7 @@ class Snatd:
         self.wait_for_notification("READY=1")
         return self
 
-    def wait_for_notification(self, text: str, within_s: float = 15.0) -> None:
+    def wait_for_notification(self, text: str, within_s: float = 30.0) -> None:
         def there() -> bool:
             while True:
                 try:
@@ -106,7 +106,7 @@ class Snatd:
         found = [json.loads(line) for line in whole]
         return [one for one in found if name in (None, one["event"])]
 
-    def wait_for(self, name: str, count: int = 1, within_s: float = 10.0) -> list[dict[str, Any]]:
+    def wait_for(self, name: str, count: int = 1, within_s: float = 30.0) -> list[dict[str, Any]]:
         until(lambda: len(self.events(name)) >= count, f"{count} x {name}", within_s)
         return self.events(name)
 
