@@ -268,6 +268,7 @@ def test_what_could_not_be_put_back_is_told_and_stays_known(node: Node, packages
 
 def test_an_apply_that_waits_is_told_no_by_a_removal(node: Node) -> None:
     machine = node.machine
+    node.wait_for_status("in sync")
     machine.run("systemctl", "stop", "snatd")
     node.add_broad()
     machine.run("nft", "delete", "table", "ip", "snatd")

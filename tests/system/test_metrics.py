@@ -23,7 +23,8 @@ def test_what_the_unit_may_not_write_is_refused_and_the_drop_in_that_is_named_he
     # As the package of the node exporter makes it.
     machine.run("install", "-d", FOLDER)
     machine.run("systemctl", "reload", "snatd")
-    node.wait_for_status("new configuration refused, the old one is in force (metrics_textfile: ")
+    node.wait_for_status("UTC, the old one is in force - metrics_textfile: ")
+    assert node.status_line().startswith("new configuration refused at ")
     refused = machine.event("configuration_refused")["SNATD_WHY"]
     assert f"{PATH} cannot be written: Read-only file system" in refused
     node.add_broad()
