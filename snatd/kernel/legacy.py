@@ -81,7 +81,8 @@ def _import_iptc() -> ModuleType:
         return sys.modules["iptc"]
     spec = importlib.util.find_spec("iptc")
     if spec is None or spec.origin is None:
-        raise ImportError("no module named iptc: install python-iptables")
+        remedy = "install python3-iptables (Debian) or snatd-legacy (Fedora, EL)"
+        raise ImportError(f"no module named iptc: {remedy}")
     folder = os.path.dirname(os.path.dirname(spec.origin))
     searches = ("IPTABLES_LIBDIR", "XTABLES_LIBDIR")
     added = [name for name in searches if name not in os.environ]

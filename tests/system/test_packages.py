@@ -74,6 +74,10 @@ def test_an_rpm_built_on_debian_needs_what_there_is_elsewhere(
         *EVERYWHERE,
         *needed,
     }
+    # What `snatd revert` needs is there until it has run, when all is removed at once.
+    until_then = said("rpm", "-qp", "--qf", "[%{REQUIRENAME}/%{REQUIREFLAGS:deptype}\\n]", rpm)
+    for one in needed - {"/usr/bin/python3", "/usr/bin/python3.11"}:
+        assert f"{one.split()[0]}/preun\n" in until_then
     # What the oldest of them, rpm 4.16 of EL 9, unpacks and verifies.
     form = said("rpm", "-qp", "--qf", "%{PAYLOADCOMPRESSOR} %{FILEDIGESTALGO}", rpm)
     assert form == "gzip 8", "8 is SHA-256"
