@@ -270,14 +270,15 @@ def test_it_is_reloaded_without_the_program_kill(node: Node) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_state_directory_that_is_missing(off: Node, read_only: bool) -> None:
+def test_directories_that_are_missing(off: Node, read_only: bool) -> None:
     off.boot()
     off.network()
     machine = off.machine
     machine.run("systemctl", "stop", "snatd")
-    machine.run("rm", "-r", "/var/lib/snatd")
+    machine.run("rm", "-r", "/var/lib/snatd", "/etc/snatd")
     if read_only:
-        machine.shell("mount --bind /var/lib /var/lib; mount -o remount,ro,bind /var/lib")
+        for one in ("/var/lib", "/etc"):
+            machine.shell(f"mount --bind {one} {one}; mount -o remount,ro,bind {one}")
     machine.run("systemctl", "start", "snatd")
     off.add_broad()
     off.lease()
