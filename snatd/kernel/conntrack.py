@@ -33,6 +33,7 @@ _NO_ENTRY = 2
 
 # A full pipe: about 480 lines, 5 ms of work.
 _CHUNK_SIZE = 65536
+_LONGEST_LINE_BYTES = 65536
 _DELETING_S = 0.01
 _LAST_WORDS_S = 0.05
 
@@ -139,7 +140,7 @@ class Sweep:
             self._check_end()
             self._finish(None)
             return
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        lines, self._rest = _whole_lines(self._rest + chunk)
         for line in lines:
             self._judge(parse_flow(line.decode("ascii", "backslashreplace")))
 
@@ -232,10 +233,18 @@ def _lines(argv: list[str], tools: Tools, ends_s: float) -> Iterator[bytes]:
             if not chunk:
                 _check_end(argv, child)
                 break
-            *lines, rest = (rest + chunk).split(b"\n")
+            lines, rest = _whole_lines(rest + chunk)
             yield from lines
     finally:
         tools.end(child)
+
+
+def _whole_lines(text: bytes) -> tuple[list[bytes], bytes]:
+    """And the beginning of the next one. Raises BackendFailed where that is no line's."""
+    *lines, rest = text.split(b"\n")
+    if len(rest) > _LONGEST_LINE_BYTES:
+        raise BackendFailed("conntrack prints a line without an end")
+    return lines, rest
 
 
 def _check_end(argv: list[str], child: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,8 @@ Does not know what any tool prints.
 from __future__ import annotations
 
 import os
+import select
+import selectors
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,8 @@ SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _LONGEST_DYING_S = 1.0
 _MOST_UNDYING = 4
+# nft's JSON of 50,000 rules is 15 MB.
+_LARGEST_OUTPUT_BYTES = 64 << 20
 
 
 @dataclass
@@ -49,15 +53,19 @@ class Tools:
 
         Raises BackendBusy on a time-out, on exit 4 (iptables: another holds the lock) and where no
         process could be made; BackendFailed on any other exit but 0, when the output is thrown away
-        since it may be cut (iptables prints half a list before it fails on an unknown extension).
+        since it may be cut (iptables prints half a list before it fails on an unknown extension),
+        and on output without an end.
         """
         limit_s = deadline.remaining_s(time.monotonic())
         child = self.start(argv, stdin=bool(stdin), environment=environment)
         try:
-            out, err = child.communicate(os.fsencode(stdin) or None, timeout=limit_s)
+            out, err = _talk(child, os.fsencode(stdin), limit_s)
         except subprocess.TimeoutExpired:
             what = " ".join(argv)
             raise BackendBusy(f"`{what}` did not answer within {limit_s:.1f} s") from None
+        except OverflowError:
+            what, size = " ".join(argv), _LARGEST_OUTPUT_BYTES >> 20
+            raise BackendFailed(f"`{what}` printed more than {size} MiB: not believed") from None
         finally:
             self.end(child)
         check_exit(argv, child.returncode, err)
@@ -101,11 +109,12 @@ class Tools:
 
     @staticmethod
     def end(child: subprocess.Popen[bytes]) -> None:
-        """Kills the child's process group if it still runs, and closes what led to it.
+        """Kills the child's process group if its end was not seen yet, and closes what led to it.
 
         Waits at most a second: one that hangs in the kernel is asked for again by the next start.
         """
-        if child.poll() is None:
+        # As long as nobody has asked for its end, no other process or group has its number.
+        if child.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             try:
@@ -116,6 +125,56 @@ class Tools:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
+
+
+def _talk(child: subprocess.Popen[bytes], stdin: bytes, limit_s: float) -> tuple[bytes, bytes]:
+    """Popen.communicate, which would take all of an output that never ends into memory."""
+    end_s = time.monotonic() + limit_s
+    assert child.stdout is not None
+    assert child.stderr is not None
+    said = {child.stdout.fileno(): bytearray(), child.stderr.fileno(): bytearray()}
+    unsaid = memoryview(stdin)
+    # Unlike epoll's it needs no descriptor of its own.
+    with selectors.PollSelector() as pipes:
+        for descriptor in said:
+            pipes.register(descriptor, selectors.EVENT_READ)
+        if child.stdin is not None:
+            pipes.register(child.stdin, selectors.EVENT_WRITE)
+        while pipes.get_map():
+            ready = pipes.select(max(0.0, end_s - time.monotonic()))
+            if time.monotonic() >= end_s:
+                raise subprocess.TimeoutExpired(child.args, limit_s)
+            for key, _ in ready:
+                if key.fd in said:
+                    if not _read_some(key.fd, said[key.fd]):
+                        pipes.unregister(key.fd)
+                    continue
+                unsaid = _write_some(key.fd, unsaid)
+                if not unsaid and child.stdin is not None:
+                    pipes.unregister(child.stdin)
+                    child.stdin.close()
+    child.wait(max(0.0, end_s - time.monotonic()))
+    out, err = said.values()
+    return bytes(out), bytes(err)
+
+
+def _read_some(descriptor: int, into: bytearray) -> bool:
+    """False at the end. Raises OverflowError where there seems to be none."""
+    chunk = os.read(descriptor, 1 << 16)
+    into += chunk
+    if len(into) > _LARGEST_OUTPUT_BYTES:
+        into.clear()  # a traceback may hold it for long
+        raise OverflowError
+    return bool(chunk)
+
+
+def _write_some(descriptor: int, data: memoryview) -> memoryview:
+    """What is left to write; nothing where nobody reads it any more."""
+    try:
+        # A pipe that polls writable takes as much without blocking.
+        return data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return data[:0]
 
 
 def check_exit(argv: Sequence[str], returncode: int, err: bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Start
-from tests.faults.watching import commands_in
+from tests.faults.watching import commands_in, most_memory_mib
 from tests.kernel.test_packets import NARROW, promises_hold, rules
 from tests.lab.netns import until
 from tests.lab.network import Lab, Node
@@ -82,6 +82,28 @@ def test_fault_12_a_broken_tool_is_told_and_recovered_from(
         assert rules(node) == [NARROW]
         until(lambda: not commands_in(node.host), "no child left")
     assert snatd.process.poll() is None
+    promises_hold(nft_lab)
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables-nft", "conntrack"])
+def test_fault_12_a_tool_that_prints_without_an_end(
+    nft_lab: Lab, node: Node, shims: Shims, start: Start, tool: str
+) -> None:
+    """It is cut off, before it takes the node's memory."""
+    snatd = start(node, resync=1, guard="on")
+    until(lambda: snatd.status()["in_sync"], "in sync")
+    shims.put(tool, "exec cat /dev/zero")
+    node.host.run("/usr/sbin/nft", "delete", "table", "ip", "snatd")
+    node.host.run("/usr/sbin/iptables-nft", *nat("-I"), *node.broad_rule)
+    if tool == "conntrack":
+        snatd.wait_for("flows_unknown", within_s=30)
+        assert "a line without an end" in str(snatd.events("flows_unknown"))
+    else:
+        until(lambda: is_told(snatd, tool, "MiB: not believed"), "it told", 30)
+    until(lambda: not commands_in(node.host), "no child left", 20)
+    shims.remove(tool)
+    until(lambda: snatd.status()["in_sync"] and rules(node) == [NARROW], "the recovery", 30)
+    assert most_memory_mib(snatd) < 200
     promises_hold(nft_lab)
 
 

@@ -37,14 +37,21 @@ def _parents() -> dict[int, int]:
 
 
 def commands_in(host: Namespace) -> set[str]:
-    """What else than snatd runs in a host's network, as command lines."""
+    """What else than snatd and flanneld runs in a host's network, as command lines."""
     home, found = os.readlink(f"/proc/{host.pid}/ns/net"), set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             if os.readlink(process / "ns/net") == home and int(process.name) != host.pid:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 found.add(b" ".join(words).decode(errors="replace").strip())
-    return {one for one in found if one and "snatd run" not in one}
+    return {one for one in found if one and "snatd run" not in one and "flanneld" not in one}
+
+
+def most_memory_mib(snatd: Snatd) -> float:
+    """Since it was started."""
+    status = Path(f"/proc/{snatd.pid}/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
+    return int(peak) / 1024
 
 
 @contextmanager
