@@ -20,7 +20,7 @@ from snatd.core.model import (
     Network,
 )
 from snatd.core.networks import contains, interface, network
-from snatd.host.files import open_regular
+from snatd.host.files import open_regular, open_to_others
 
 LARGEST_FILE_BYTES = 64 * 1024
 
@@ -52,6 +52,9 @@ def _read(path: Path) -> str:
     if descriptor is None:
         raise LeaseError("not a regular file: remove it and restart flanneld")
     try:
+        # Whoever decides which networks there are decides what is masqueraded.
+        if why := open_to_others(path):
+            raise LeaseError(f"not believed, since others could have written it: {why}")
         # A regular file gives all that it has in one read.
         content = os.read(descriptor, LARGEST_FILE_BYTES + 1)
     finally:

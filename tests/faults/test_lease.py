@@ -59,7 +59,20 @@ def sparse(path: Path) -> None:
 
 
 def loop(path: Path) -> None:
-    path.symlink_to(path)
+    path.symlink_to(path.name)
+
+
+def wider(mode: int, owner: int = 0) -> Callable[[Path], None]:
+    """A file that says of wider networks, by whoever could write it."""
+
+    def make(path: Path) -> None:
+        new = path.with_name("new")
+        new.write_text(PLAIN.replace("172.7.0.0/16", "172.0.0.0/8"))
+        new.chmod(mode)
+        os.chown(new, owner, owner)
+        new.rename(path)
+
+    return make
 
 
 # What is wrong, how it comes about, and what has to be said of it.
@@ -86,6 +99,8 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "/33": (text(PLAIN.replace("21.1/24", "21.1/33")), "line 2: FLANNEL_SUBNET"),
     "v6 in v4": (text(PLAIN.replace("172.7.21.1/24", "fd00::1/64")), "line 2: FLANNEL_SUBNET"),
     "a shell": (text(PLAIN.replace("172.7.21.1/24", "$(touch /run/owned)")), "line 2: "),
+    "writable": (wider(0o646), "can be written by others (mode 0646)"),
+    "theirs": (wider(0o644, 65534), "belongs to uid 65534"),
     "escapes": (text(f"{PLAIN}\x1b[2J\x1b]0;x\x07\n"), "line 5: not KEY=VALUE: '\\x1b[2J"),
 }
 

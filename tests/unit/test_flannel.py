@@ -178,6 +178,14 @@ def loop(path: Path) -> None:
     path.symlink_to(path)
 
 
+def readable(path: Path, mode: int, owner: int = 0) -> None:
+    """A good file."""
+    path.write_text(PLAIN)
+    path.chmod(mode)
+    if owner:
+        os.chown(path, owner, owner)
+
+
 def unreadable_parent(path: Path) -> None:
     path.symlink_to(path.parent / "file" / "subnet.env")
     (path.parent / "file").touch()
@@ -206,6 +214,8 @@ IN_ITS_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NUL bytes": (lambda path: path.write_bytes(bytes(4096)), "line 1"),
     "an empty file": (touched, "empty or half-written"),
+    "what others can write": (lambda path: readable(path, 0o646), "can be written by others"),
+    "what is another's": (lambda path: readable(path, 0o600, 65534), "belongs to uid 65534"),
 }
 
 
