@@ -340,9 +340,10 @@ def test_fault_34_what_a_tool_says(node: Node, start: Start, tmp_path: Path) -> 
     for text in HOSTILE:
         said.write_bytes(text.encode(errors="surrogateescape"))
         shims.put("iptables-nft", f"cat {said} >&2; exit 1")
+        snatd.notifications.clear()
         add_unseen(node)
         until(lambda: snatd.status()["state"] == "degraded", "it told")
-        snatd.wait_for_notification("STATUS=degraded")
+        snatd.wait_for_notification("STATUS=degraded since ")
         shims.remove("iptables-nft")
         until(lambda: snatd.status()["in_sync"], "the recovery", 20)
     check_what_was_told(node, snatd)

@@ -187,9 +187,9 @@ def test_fault_07_a_rival_that_deletes_ours_every_200_ms(start: Start, measured:
             rivals.append(lab.nodes[0].host.popen("sh", "-uc", UNDOES))
         for snatd in daemons:
             snatd.wait_for("fighting", within_s=40)
-            snatd.wait_for_notification("STATUS=fighting with")
+            snatd.wait_for_notification("STATUS=fighting with ")
         # nf_tables tells who committed; ip_tables does not.
-        assert daemons[0].status()["fighting"].startswith("iptables (pid ")
+        assert daemons[0].status()["fights"]["now"]["with"].startswith("iptables (pid ")
         time.sleep(8)  # until the repairs are as far apart as they get
         for share, lab in zip(cpu_shares(daemons, 15), labs, strict=True):
             measured(f"{share:.2%} of a core over 15 s, {'nft' if lab is nft else 'legacy'}")

@@ -50,7 +50,7 @@ def test_everything_hangs_at_once(
         most = stack.enter_context(most_children(snatd))
         until(lambda: snatd.status()["state"] == "degraded", "it told", 30)
         assert "did not answer within" in snatd.status()["headline"]
-        snatd.wait_for_notification("STATUS=degraded: ", within_s=10)
+        snatd.wait_for_notification("STATUS=degraded since ", within_s=10)
         silence_s = longest_silence_s(snatd, 10)
         promises_hold(nft_lab)
         fill(snatd)
@@ -65,7 +65,7 @@ def test_everything_hangs_at_once(
     assert rules(node) == [NARROW]
     assert legacy_rules(node)[0] == NARROW
     snatd.notifications.clear()
-    snatd.wait_for_notification("STATUS=in sync: ", within_s=5)
+    snatd.wait_for_notification("STATUS=in sync since ", within_s=5)
     assert longest_silence_s(snatd, 3) < 3
     assert snatd.process.poll() is None
     until(lambda: not commands_in(node.host), "no child left")

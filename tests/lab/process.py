@@ -61,7 +61,7 @@ class Snatd:
                 stderr=log,
                 env=self.host.environment(extra),
             )
-        self.wait_for_notification("READY=1")
+        self.wait_for_notification("READY=1", within_s=30)
         return self
 
     def wait_for_notification(self, text: str, within_s: float = 30.0) -> None:
