@@ -17,7 +17,7 @@ SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd
 # For whom `make rpm` builds.
 RPM_FOR ?= el9 el10 fc43
 
-.PHONY: help venv demo test test-system fuzz soak bench manual pictures deb rpm clean packages
+.PHONY: help venv demo test test-faults test-system fuzz soak bench manual pictures deb rpm clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ demo: $(BIN)/.complete  ## see the problem and its repair between two nodes (BAC
 
 test: venv  ## unit, property and kernel tests, linters included
 	@$(BIN)/python -m pytest
+
+test-faults: venv  ## the faults that take over 5 s each, the others are in `make test`; needs root
+	@$(BIN)/python -m pytest -m long tests/faults
 
 deb: PACKAGES := $(PACKAGING)
 deb: packages  ## build dist/snatd_VERSION_all.deb of the last commit

@@ -158,7 +158,7 @@ def test_observe_counts_what_it_sees_once(nft_lab: Lab, tmp_path: Path) -> None:
         assert metric(node, "drift_seen_total") == 2
 
 
-def test_a_hostile_program_forges_no_metric(nft_lab: Lab, tmp_path: Path) -> None:
+def test_fault_34_a_hostile_program_forges_no_metric(nft_lab: Lab, tmp_path: Path) -> None:
     """The kernel calls it by the name of its file: any 15 bytes but NUL and slash."""
     node = prepared(nft_lab)
     name = b'x"} 1\nz\\n \xff\xfe{'

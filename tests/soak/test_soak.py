@@ -52,7 +52,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         world.close()
 
 
-def test_33_three_rivals_at_once_break_no_promise(world: World) -> None:
+def test_fault_33_three_rivals_at_once_break_no_promise(world: World) -> None:
     began_s = time.monotonic()
     sizes: list[Size] = []
     number = 0
@@ -177,7 +177,7 @@ class Rivals(RuleBasedStateMachine):
         self.world.stop()
 
 
-def test_33_one_after_the_other(world: World) -> None:
+def test_fault_33_one_after_the_other(world: World) -> None:
     Rivals.world = world
     run_state_machine_as_test(seed(int(SEED))(Rivals))
     print(table(SEED, 0, world.tally, ()))
