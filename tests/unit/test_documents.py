@@ -221,3 +221,19 @@ def test_the_lists_of_the_manual_are_up_to_date(page: Path) -> None:
     """`make manual` makes them."""
     assert page.read_text() == manual.renewed(page.read_text())
     assert page.read_text().count('.\\" end\n') >= 1
+
+
+def test_there_is_one_address_to_write_to() -> None:
+    """SECURITY.md says where a fault is reported; the packages name their maintainers."""
+    root = PACKAGING.parent
+    files = [
+        root / "SECURITY.md",
+        PACKAGING / "debian" / "control",
+        *PACKAGING.glob("rpm/*.spec"),
+    ]
+    found = {
+        path.name: set(re.findall(r"[\w.+-]+@[\w-]+\.\w+", path.read_text())) for path in files
+    }
+    assert len(found) == 4
+    assert len(set.union(*found.values())) == 1, found
+    assert all(found.values()), found
