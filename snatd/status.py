@@ -47,9 +47,10 @@ class _Shown:
             lines = told.lines(word, separator)
         self._word = word
         self.lines = [(line.text, line.colour) for line in lines]
+        self._indent = max(line.indent for line in lines)
 
     def print_lines(self) -> bool:
-        return terminal.print_lines(sys.stdout, self.lines)
+        return terminal.print_lines(sys.stdout, self.lines, self._indent)
 
     def print_json(self, indent: int | None = None) -> bool:
         document = told.document(self._word, SCHEMA)

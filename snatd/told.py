@@ -30,10 +30,11 @@ _PLANNED = 8
 
 @dataclass(frozen=True)
 class Line:
-    """`colour`: green, yellow, red or none."""
+    """`colour`: green, yellow, red or none. `indent`: where its text begins, behind a label."""
 
     text: str
     colour: str = ""
+    indent: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def lines(word: Word, separator: str = SEPARATOR) -> tuple[Line, ...]:
     above = ["", *(row.label for row in rows)]
     table = [
         # A label stands only where the row above has another.
-        Line(f"{'' if row.label == label else row.label:{width}}  {row.text}".rstrip(), row.colour)
+        Line(
+            f"{'' if row.label == label else row.label:{width}}  {row.text}".rstrip(),
+            row.colour,
+            width + 2,
+        )
         for row, label in zip(rows, above, strict=False)
     ]
     return (head, *table)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -45,13 +46,45 @@ def write(stream: TextIO | None, text: str) -> bool:
     return True
 
 
-def print_lines(stream: TextIO | None, lines: Iterable[Coloured]) -> bool:
-    """Prints lines, whatever is in them; False where nobody reads them."""
+def print_lines(stream: TextIO | None, lines: Iterable[Coloured], indent: int = 0) -> bool:
+    """Prints lines, whatever is in them; False where nobody reads them. `indent`: where on a
+    terminal a line that is too wide goes on, so that a table stays one."""
     if stream is None:
         return False
     coloured = wants_colour(stream)
-    painted = [_painted(safe(text, stream), colour if coloured else "") for text, colour in lines]
+    columns = _size(stream)[0] if indent and is_screen(stream) else 0
+    painted = [
+        _painted(line, colour if coloured else "")
+        for text, colour in lines
+        for line in _folded(safe(text, stream), columns, indent)
+    ]
     return write(stream, "".join(f"{line}\n" for line in painted))
+
+
+# In fewer columns words would stand below each other.
+_NARROWEST = 20
+
+
+def _folded(text: str, columns: int, indent: int) -> list[str]:
+    if columns - indent < _NARROWEST:
+        return [text]
+    # A word that is too long stays whole, so that it can be copied.
+    wrapper = textwrap.TextWrapper(
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return wrapper.wrap(text) or [text]
+
+
+def _size(stream: TextIO) -> tuple[int, int]:
+    """Columns and rows of a terminal."""
+    with suppress(OSError):
+        columns, rows = os.get_terminal_size(stream.fileno())
+        if columns > 0 and rows > 0:
+            return columns, rows
+    return 80, 24
 
 
 def is_screen(stream: TextIO | None) -> bool:
@@ -157,7 +190,7 @@ class Watch:
     def draw(self, lines: Sequence[Coloured]) -> bool:
         """Puts lines in place of what is on the screen, cut at its width and its height; False
         where nobody sees them."""
-        columns, rows = self._size()
+        columns, rows = _size(self._stream)
         if len(lines) > rows:
             hidden = len(lines) - rows + 1
             lines = [*lines[: rows - 1], (f"{hidden} more lines; this window is too low", "")]
@@ -169,10 +202,3 @@ class Watch:
         drawn = "\n".join(f"{_EMPTY_LINE}{line}" for line in painted)
         rest = f"\n{_EMPTY_REST}" if len(lines) < rows else ""
         return write(self._stream, f"{_HOME}{drawn}{rest}")
-
-    def _size(self) -> tuple[int, int]:
-        with suppress(OSError):
-            columns, rows = os.get_terminal_size(self._stream.fileno())
-            if columns > 0 and rows > 0:
-                return columns, rows
-        return 80, 24

@@ -85,11 +85,11 @@ def say(config: Path, **changes: Any) -> None:
 
 
 class Terminal:
-    """A program on a terminal of its own, 24 rows of 80 columns."""
+    """A program on a terminal of its own, 24 rows of 80 columns if not told otherwise."""
 
-    def __init__(self, *command: str, **environment: str) -> None:
+    def __init__(self, *command: str, columns: int = 80, **environment: str) -> None:
         self._ours, theirs = pty.openpty()
-        self.resize(24, 80)
+        self.resize(24, columns)
         self.printed = ""
         self.process = subprocess.Popen(
             ("setsid", "--ctty", *command),
@@ -131,8 +131,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str, **environment: str) -> Iterator[Terminal]:
-    one = Terminal(SNATD, "status", *arguments, **environment)
+def terminal(*arguments: str, columns: int = 80, **environment: str) -> Iterator[Terminal]:
+    one = Terminal(SNATD, "status", *arguments, columns=columns, **environment)
     try:
         yield one
     finally:
@@ -163,12 +163,36 @@ def piped(config: Path, *arguments: str, **environment: str) -> subprocess.Compl
         ({"TERM": ""}, False),
     ],
 )
-def test_colour_where_it_is_wanted(said: Path, environment: dict[str, str], coloured: bool) -> None:
+def test_colour_where_it_is_wanted(said: Path, environment: dict[str, Any], coloured: bool) -> None:
     with terminal("--config", str(said), **environment) as shown:
         assert shown.end() == 0
     head = "in sync since 02:40:48 UTC"
     assert f"{chr(27)}[32m{head}" in shown.printed if coloured else shown.printed.startswith(head)
     assert ("\x1b" in shown.printed) == coloured
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_in_a_narrow_terminal_a_table_stays_one(said: Path, columns: int) -> None:
+    with terminal("--config", str(said), columns=columns) as shown:
+        assert shown.end() == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.printed).splitlines()
+    assert max(map(len, lines)) <= columns
+    labels = [line[:13].strip() for line in lines[1:]]
+    assert {"node", "ipv4 nft", "repairs"} <= {*labels}
+    whole = piped(said).stdout
+    assert {*labels} <= {"", *(line[:13].strip() for line in whole.splitlines()[1:])}
+    assert words(whole) == words(" ".join(lines))
+
+
+def words(text: str) -> list[str]:
+    """Whatever stands between them, and whenever it was asked."""
+    return re.sub(r"\d+ s ago|\d\d:\d\d:\d\d;", "now", " ".join(text.split())).split(" ")
+
+
+def test_in_a_terminal_that_is_too_narrow_for_a_table_nothing_is_folded(said: Path) -> None:
+    with terminal("--config", str(said), columns=30) as shown:
+        assert shown.end() == 0
+    assert len(shown.printed.splitlines()) == len(piped(said).stdout.splitlines())
 
 
 def test_no_colour_in_a_pipe_and_no_dot_where_there_is_none(said: Path) -> None:
