@@ -267,7 +267,7 @@ def _none(leased: Desired, there: Sequence[Hop]) -> Iterator[Finding]:
             else "so it is on the only node, or on one whose routes are kept outside (by a cloud's "
             "router); else flanneld made none",
             (
-                f"# on the router there: {ip(leased)} route add {leased.subnet} via THIS_NODE"
+                f"# on the router there: {_way_back(leased)}"
                 if configured
                 else "# if there are other nodes: systemctl status flanneld",
             ),
@@ -317,21 +317,31 @@ def strays(leased: Desired, peers: Iterable[Peer], around: Surroundings) -> Iter
     # Where no route at all leads to other nodes, a router outside may know the way.
     routed = any(one.kind == UNICAST for one in into(around.routes, leased.networks, leased.subnet))
     lost: list[tuple[Peer, Hop]] = []
+    exempted: dict[Network, list[Peer]] = {}
+    behind: dict[tuple[Network, Hop], list[Peer]] = {}
     for one in peers:
-        if one.answers or (one.answers is None and not routed):
-            continue
         if not any(one.address in some for some in leased.networks):
+            continue
+        if not any(one.address in some for some in leased.flannel_networks):
+            there = next(some for some in leased.cluster if one.address in some)
+            exempted.setdefault(there, []).append(one)
             continue
         led = around.route(one.address)
         if led is None or led.kind != UNICAST:
             continue
-        if not any(contains(some, led.destination) for some in leased.cluster):
+        if any(contains(some, led.destination) for some in leased.cluster):
+            behind.setdefault((_subnet_of(one, leased), led), []).append(one)
+        elif not one.answers and (one.answers is False or routed):
             lost.append((one, led))
+    for some, known in exempted.items():
+        if silent := _silent_peers(known):
+            yield _no_way_back(leased, some, silent)
+    for (subnet, led), known in behind.items():
+        if silent := _silent_peers(known):
+            yield _subnet_silent(leased, subnet, led, silent)
     if not lost:
         return
-    parts = dict.fromkeys(
-        network(f"{one.address}/{leased.subnet.prefixlen}", strict=False) for one, _ in lost
-    )
+    parts = dict.fromkeys(_subnet_of(one, leased) for one, _ in lost)
     yield Finding(
         "default_route_taken",
         Severity.ERROR if routed else Severity.WARNING,
@@ -345,5 +355,54 @@ def strays(leased: Desired, peers: Iterable[Peer], around: Surroundings) -> Iter
         (
             "systemctl restart flanneld",
             *(f"# or: {ip(leased)} route add {part} via NODE" for part in list(parts)[:_MOST]),
+        ),
+    )
+
+
+def _subnet_of(one: Peer, leased: Desired) -> Network:
+    """The subnet of a node's, as far as all are as large as ours."""
+    return network(f"{one.address}/{leased.subnet.prefixlen}", strict=False)
+
+
+def _silent_peers(known: Sequence[Peer]) -> list[Peer]:
+    """Those who do not answer, if nobody does."""
+    answers = any(one.answers for one in known)
+    return [] if answers else [one for one in known if one.answers is False]
+
+
+def _no_way_back(leased: Desired, exempted: Network, peers: Sequence[Peer]) -> Finding:
+    return Finding(
+        "no_way_back",
+        Severity.WARNING,
+        f"nobody in {exempted} answers containers of {leased.subnet}",
+        (
+            f"{exempted} is one of `networks` in snatd.toml",
+            *(f"connection {one.line}" for one in peers[:_MOST]),
+        ),
+        "packets go there under the container's own address; who does not know the way back to "
+        "this node cannot answer",
+        (
+            f"# on the router there: {_way_back(leased)}",
+            "# or take it out of `networks`, and it is masqueraded again: systemctl reload snatd",
+        ),
+    )
+
+
+def _way_back(leased: Desired) -> str:
+    return f"{ip(leased)} route add {leased.subnet} via THIS_NODE"
+
+
+def _subnet_silent(leased: Desired, subnet: Network, led: Hop, peers: Sequence[Peer]) -> Finding:
+    """One container that does not answer may be gone; of several that is less likely."""
+    return Finding(
+        "subnet_silent",
+        Severity.WARNING if len(peers) > 1 else Severity.INFO,
+        f"nobody in {subnet} answers containers of {leased.subnet}",
+        (f"route {led}", *(f"connection {one.line}" for one in peers[:_MOST])),
+        "the route may lead to a node that does not have that subnet, or something on the way "
+        "drops the packets; or these containers are gone",
+        (
+            "systemctl restart flanneld",
+            f"# it renews the routes; else `snatd doctor` on {led.gateway or 'that node'}",
         ),
     )

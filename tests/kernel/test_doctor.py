@@ -906,6 +906,38 @@ def test_a_configured_network_by_the_default_route(node: Node, tmp_path: Path) -
         assert command == "ip -4 route add 172.7.21.0/24 via 10.4.7.21"
 
 
+def test_a_route_that_leads_to_the_wrong_node(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    """A lease that has moved: who is asked is there, and does not know these containers."""
+    other = nft_lab.nodes[1]
+    node.host.run("ip", "route", "replace", other.subnet, "via", "10.4.7.100")
+    assert seen_by(node.container, other.container_address, 0.4) is None
+    one = only(snatd, "subnet_silent", "info")
+    assert one["evidence"][0] == "route 172.7.22.0/24 via 10.4.7.100 dev eth0"
+    assert seen_by(node.container, "172.7.22.3", 0.4) is None
+    assert len(only(snatd, "subnet_silent", "warning")["evidence"]) == 3
+    # As a restarted flanneld does.
+    node.host.run("ip", "route", "replace", other.subnet, "via", other.address)
+    assert seen_by(node.container, other.container_address) == node.container_address
+    assert found(snatd, 0) == {}
+
+
+def test_nobody_in_an_exempted_network_knows_the_way_back(
+    nft_lab: Lab, node: Node, tmp_path: Path
+) -> None:
+    with Snatd(node.host, tmp_path / "more", networks=["203.0.113.0/24"]) as snatd:
+        assert snatd.command("apply").returncode == 0
+        node.host.run("ip", "route", "add", "203.0.113.0/24", "via", "10.4.7.100")
+        assert found(snatd, 0) == {}
+        assert seen_by(node.container, OUTSIDE, 0.4) is None
+        one = only(snatd, "no_way_back", "warning")
+        assert one["evidence"][0] == "203.0.113.0/24 is one of `networks` in snatd.toml"
+        assert f"src=172.7.21.2 dst={OUTSIDE} " in one["evidence"][1]
+        command = one["remedy"][0].removeprefix("# on the router there: ")
+        nft_lab.outside.shell(command.replace("THIS_NODE", node.address))
+        assert seen_by(node.container, OUTSIDE) == node.container_address
+        assert found(snatd, 0) == {}
+
+
 @pytest.mark.parametrize("protocol", ["tcp", "udp", "from outside"])
 def test_a_subnet_that_is_talked_to_by_the_default_route(
     nft_lab: Lab, node: Node, snatd: Snatd, protocol: str

@@ -447,12 +447,14 @@ def test_of_several_connections_the_answered_one_counts() -> None:
         ([OTHER], "172.7.23.2", False, ["error"]),
         ([OTHER], "172.7.23.2", None, ["error"]),
         ([OTHER], "172.7.23.2", True, []),
-        ([OTHER], "172.7.22.2", False, []),
+        ([OTHER], "172.7.22.2", False, ["info"]),
+        ([OTHER], "172.7.22.2", None, []),
+        ([OTHER], "172.7.22.2", True, []),
         ([OTHER], "9.9.9.9", False, []),
         ([], "172.7.23.2", False, ["warning"]),
         ([], "172.7.23.2", None, []),
         (["172.0.0.0/8 via 192.168.33.9 dev eth0"], "172.7.23.2", False, ["error"]),
-        (["172.7.0.0/16 dev flannel-wg"], "172.7.23.2", False, []),
+        (["172.7.0.0/16 dev flannel-wg"], "172.7.23.2", False, ["info"]),
         ([OTHER, "unreachable 172.7.23.0/24"], "172.7.23.2", False, []),
     ],
 )
@@ -462,6 +464,42 @@ def test_who_is_talked_to_in_vain(
     here = around(*hops)
     found = list(routes.strays(WISH, [Peer(ip_address(address), answers, "line")], here))
     assert [one.severity.value for one in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([False, False], [("subnet_silent", "warning")]),
+        ([False, None], [("subnet_silent", "info")]),
+        ([False, True, False], []),
+    ],
+)
+def test_nobody_answers_behind_a_route(
+    answers: list[bool | None], expected: list[tuple[str, str]]
+) -> None:
+    peers = [Peer(ip_address(f"172.7.22.{n}"), one, "line") for n, one in enumerate(answers, 2)]
+    assert names(routes.strays(WISH, peers, around(OTHER))) == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([False], ["no_way_back"]),
+        ([False, None], ["no_way_back"]),
+        ([None], []),
+        ([False, True], []),
+        ([True], []),
+    ],
+)
+@pytest.mark.parametrize("hops", [[OTHER], [OTHER, "10.9.0.0/16 via 192.168.33.9 dev eth0"]])
+def test_nobody_answers_in_an_exempted_network(
+    hops: list[str], answers: list[bool | None], expected: list[str]
+) -> None:
+    exempted = networks("172.7.0.0/16 10.9.0.0/16")
+    leased = replace(WISH, networks=exempted, cluster=exempted)
+    peers = [Peer(ip_address(f"10.9.0.{n}"), one, "line") for n, one in enumerate(answers)]
+    found = list(routes.strays(leased, peers, around(*hops)))
+    assert [one.name for one in found] == expected
 
 
 BRIDGE = Device("docker0", "bridge", 1450)
