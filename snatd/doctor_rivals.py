@@ -14,28 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from snatd import suspects, told
 from snatd.core import boot, docker, programs, rivals
-from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import RuleError
-from snatd.core.finding import Finding, Severity
+from snatd.core.finding import Finding
 from snatd.core.flannel_rules import early_rules, flannel_rules
 from snatd.core.model import Backend, Family, GuardPolicy, Lease
 from snatd.core.packet import Hook
-from snatd.core.rules import is_ours
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
-from snatd.core.word import Word
+from snatd.core.word import Life, Word
 from snatd.host import files, processes, status
 from snatd.host.docker import NAMES, read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
-from snatd.kernel.tools import Tools
+from snatd.kernel.hooks import FORWARD, NAT, Hooks
 
 if TYPE_CHECKING:
     from snatd.doctor import Examined
 
 Found = Iterator[Finding]
 
-_LIMIT_S = 10.0
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
 _CHECK_ORDER = "/usr/libexec/snatd/check-order"
 _PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,After,Before"
@@ -43,11 +40,7 @@ _SYSCONFIG = (Path("/etc/sysconfig/iptables-config"), Path("/etc/sysconfig/ip6ta
 _LARGEST_TEXT_BYTES = 1 << 20
 # Where these run, CNI gives containers their addresses, and Docker does something else.
 _WITH_CNI = ("kubelet", *programs.K3S)
-_PROGRAMS = (*NAMES, *_WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
-
-
-def _deadline() -> Deadline:
-    return Deadline(time.monotonic() + _LIMIT_S)
+PROGRAMS = (*NAMES, *_WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
 
 
 def _drift(examined: Examined) -> Found:
@@ -57,10 +50,10 @@ def _drift(examined: Examined) -> Found:
     if settings.mode == "enforce":
         cure = ("snatd apply",)
     planned = {one.family for one in view.plan if one.backend is Backend.GUARD}
-    said = _refused_guards(_said(status.StatusFile(settings.runtime_dir).word()) or {})
+    said = _refused_guards(_said(examined.word) or {})
     refused = {family: why for family, why in said.items() if family in planned}
     refused |= {one.family: str(one) for one in view.unguarded if one.family}
-    dockers = read_dockers(processes.find(NAMES)) if view.plan else ()
+    dockers = read_dockers(examined.programs) if view.plan else ()
     for one in view.plan:
         if one.backend is not Backend.GUARD or one.family not in refused:
             yield from rivals.drift(one, _is_guarded(examined, one.family), dockers, cure)
@@ -91,19 +84,11 @@ def _is_guarded(examined: Examined, family: Family) -> bool:
 
 def _rules(examined: Examined) -> Found:
     """What the rules of this node can do to cluster traffic, whoever wrote them."""
-    marks = examined.settings.marks
-    for found in suspects.find_suspects(examined.leased, marks, examined.tools, _deadline()):
-        for why in found.unknown:
-            yield Finding(
-                "rules_unread",
-                Severity.INFO if found.hooks else Severity.WARNING,
-                f"not all {found.desired.family.value} nat rules could be read",
-                (why,),
-                "whether one of them hides containers is not known",
-                ("snatd check",),
-            )
-        if found.hooks is not None:
-            yield from _suspects(examined, found, found.hooks.hooks)
+    settings = examined.settings
+    for wanted in examined.leased:
+        hooks, types = examined.hooks(wanted.family, NAT), examined.types(wanted.family)
+        found = suspects.suspects_of(wanted, settings.marks, Hooks(wanted.family, hooks), types)
+        yield from _suspects(examined, found, hooks)
 
 
 def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, ...]) -> Found:
@@ -136,17 +121,13 @@ def _backends(examined: Examined) -> Found:
     if examined.node is None:
         return
     for wanted in examined.leased:
-        foreign: dict[Backend, list[str]] = {
-            one.backend: [rule.text for rule in one.postrouting if not is_ours(rule)]
-            for one in examined.view.rulesets
-            if one.family is wanted.family and one.backend is not Backend.GUARD
-        }
-        yield from rivals.both_backends(wanted.family, foreign, examined.node.iptables_is)
+        hooks = examined.hooks(wanted.family, NAT, FORWARD)
+        yield from rivals.both_backends(wanted.family, hooks, examined.node.iptables_is)
 
 
 def _programs(examined: Examined) -> Found:
     """How Docker, flannel and kube-proxy were started, and whether snatd was more than once."""
-    there = processes.find(_PROGRAMS)
+    there = examined.programs
     by_cni = any(one.name in _WITH_CNI for one in there)
     lease = examined.node.lease if examined.node else None
     for dockerd in read_dockers(there):
@@ -218,20 +199,27 @@ def _saved(examined: Examined) -> Found:
 
 def _daemon(examined: Examined) -> Found:
     """Whether snatd itself runs, and will after the next boot."""
-    word = status.StatusFile(examined.settings.runtime_dir).word()
+    word = examined.word
     shown: dict[str, str] = {}
     if _SYSTEMD.is_dir():
-        shown = _shown(examined.tools)
+        shown = _shown(examined)
         if os.access(_CHECK_ORDER, os.X_OK):
-            yield from boot.order_cycle(examined.tools.run([_CHECK_ORDER, "units"], _deadline()))
+            circle = examined.tools.run([_CHECK_ORDER, "units"], examined.deadline)
+            yield from boot.order_cycle(circle)
     yield from boot.unit(shown)
-    if word.life.runs is False:
-        yield from boot.not_running(shown, drift=bool(examined.view.plan))
-    elif word.life.is_stale:
-        yield from boot.not_answering(told.document(word, status.SCHEMA)["status"])
+    if not word.counts:
+        headline = told.document(word, status.SCHEMA)["status"]
+        if word.life.runs is False:
+            wanted = bool(examined.view.plan) or word.life is Life.GONE
+            yield from boot.not_running(shown, headline, wanted=wanted)
+        elif word.life.is_stale:
+            yield from boot.not_answering(headline)
     with suppress(*told.NOT_WHOLE):
-        refused = (_said(word) or {}).get("configuration_refused")
-        yield from boot.configuration_refused(refused["why"] if refused else ())
+        if said := _said(word):
+            if fight := said["fights"]["now"]:
+                yield rivals.fighting(fight)
+            refused = said["configuration_refused"]
+            yield from boot.configuration_refused(refused["why"] if refused else ())
 
 
 def _said(word: Word) -> dict[str, Any] | None:
@@ -239,8 +227,9 @@ def _said(word: Word) -> dict[str, Any] | None:
     return word.document if word.counts else None
 
 
-def _shown(tools: Tools) -> dict[str, str]:
-    said = tools.run(["systemctl", "show", f"--property={_PROPERTIES}", boot.UNIT], _deadline())
+def _shown(examined: Examined) -> dict[str, str]:
+    argv = ["systemctl", "show", f"--property={_PROPERTIES}", boot.UNIT]
+    said = examined.tools.run(argv, examined.deadline)
     pairs = (line.partition("=") for line in said.splitlines())
     return {key: value for key, _, value in pairs}
 

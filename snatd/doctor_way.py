@@ -6,30 +6,20 @@ Which other programs write what is not looked at here. Decides nothing: `core.wa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snatd.core import passage, routes, sizes, way
-from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import Address, Family, Hold, Lease, Network
 from snatd.core.networks import contains, subtract
-from snatd.core.packet import Hook, address_types
+from snatd.core.packet import Hook
 from snatd.core.passage import Leg, Rules
 from snatd.core.proof import Route, unused_address
 from snatd.core.surroundings import UNICAST, Device, Hop, Surroundings, into
-from snatd.kernel.hooks import (
-    FORWARD,
-    INPUT,
-    PREROUTING,
-    Hooks,
-    Kind,
-    has_kube_proxy,
-    read_hooks,
-)
+from snatd.kernel.hooks import FORWARD, INPUT, NAT, PREROUTING, has_kube_proxy
 from snatd.kernel.sysctls import read_counter, read_number, read_sysctl, read_table
 
 if TYPE_CHECKING:
@@ -37,8 +27,8 @@ if TYPE_CHECKING:
 
 Found = Iterator[Finding]
 
-# Of each look at rules, which takes some milliseconds, and at connections, of which a part will do.
-_LIMIT_S, _CONNECTIONS_S = 5.0, 1.0
+# Of a look at connections, of which a part will do.
+_CONNECTIONS_S = 3.0
 # Routes that are asked of the kernel one by one, 1 ms each.
 _MOST_ROUTES = 32
 
@@ -231,10 +221,8 @@ def _reverse_path(examined: Examined) -> Found:
 
 
 def _rules(examined: Examined) -> Found:
-    unread: dict[str, None] = {}
     for one in examined.reached:
-        hooks = _hooks(examined, one.leased.family, PREROUTING, FORWARD)
-        unread |= dict.fromkeys(why for some in hooks for why in some.unread)
+        hooks = examined.hooks(one.leased.family, PREROUTING, FORWARD)
         asked = _asked_rules(examined, one, hooks)
         yield from passage.dropped(asked, one.legs)
         yield from passage.direct_routing(asked, one.legs)
@@ -242,31 +230,14 @@ def _rules(examined: Examined) -> Found:
         key = way.BRIDGE_CALLS[one.leased.family]
         asks = bridge is not None and one.leased.family in bridge.calls_iptables
         if bridge is not None and bridge.kind == "bridge" and (asks or read_sysctl(key) == "1"):
-            nat = read_hooks(one.leased.family, examined.tools, _deadline())
-            yield from passage.on_bridge(asked, nat.hooks, key)
-    for why in unread:
-        yield Finding(
-            "not_looked",
-            Severity.INFO,
-            "not all rules could be looked at",
-            (why,),
-            "one of them may drop packets of containers",
-            ("apt-get install nftables",),
-        )
+            nat = examined.hooks(one.leased.family, NAT)
+            yield from passage.on_bridge(asked, nat, key)
 
 
-def _hooks(examined: Examined, family: Family, *kinds: Kind) -> list[Hooks]:
-    return [read_hooks(family, examined.tools, _deadline(), kind) for kind in kinds]
-
-
-def _asked_rules(examined: Examined, one: Reached, hooks: list[Hooks]) -> Rules:
-    from snatd.kernel.links import read_sources
-
+def _asked_rules(examined: Examined, one: Reached, hooks: tuple[Hook, ...]) -> Rules:
     assert examined.node is not None
-    _, local, broadcast = read_sources(one.leased.family)
-    every: tuple[Hook, ...] = tuple(hook for some in hooks for hook in some.hooks)
-    types = address_types(one.leased.family, local, broadcast)
-    return Rules(one.leased, one.bridge, one.spare, every, examined.node.iptables_is, types)
+    types = examined.types(one.leased.family)
+    return Rules(one.leased, one.bridge, one.spare, hooks, examined.node.iptables_is, types)
 
 
 def _tunnels(examined: Examined) -> Found:
@@ -277,7 +248,7 @@ def _tunnels(examined: Examined) -> Found:
             if local is None:
                 continue
             family = Family.V4 if local.version == 4 else Family.V6
-            hooks = _hooks(examined, family, PREROUTING, INPUT)
+            hooks = examined.hooks(family, PREROUTING, INPUT)
             came_in = device.vxlan.lower or None
             ends = one.around.tunnel_ends
             yield from passage.tunnel(_asked_rules(examined, one, hooks), device, ends, came_in)
@@ -311,7 +282,7 @@ def _connections(examined: Examined) -> Found:
                 "not all connections could be looked at",
                 (f"`conntrack -L` was not done after {_CONNECTIONS_S:g} s",),
                 "what is sent to other nodes in vain may not be seen",
-                ("# nothing; there are many",),
+                ("# nothing, if there are that many",),
             )
 
 
@@ -333,13 +304,11 @@ def _full(examined: Examined) -> Found:
 def _services(examined: Examined) -> Found:
     for one in examined.reached:
         bridge = one.around.device(one.bridge)
-        if bridge is not None and has_kube_proxy(one.leased.family, examined.tools, _deadline()):
+        if bridge is not None and has_kube_proxy(
+            one.leased.family, examined.tools, examined.deadline
+        ):
             value = read_sysctl(way.BRIDGE_CALLS[one.leased.family])
             yield from way.bridge_not_asking(one.leased, bridge, value)
-
-
-def _deadline() -> Deadline:
-    return Deadline(time.monotonic() + _LIMIT_S)
 
 
 # In the order in which one would look oneself.

@@ -12,7 +12,7 @@ from typing import Any
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
-from snatd.core.packet import Hook, Packet, address_types
+from snatd.core.packet import Hook, Packet, Ranges, address_types
 from snatd.core.trace import GUARD_TABLE, Answer, before_guard, cluster_packets, rewriters
 from snatd.core.writers import told
 from snatd.kernel.hooks import Hooks, read_hooks
@@ -62,7 +62,14 @@ def _of_family(desired: Desired, marks: int, tools: Tools, deadline: Deadline) -
         _, local, broadcast = read_sources(desired.family)
     except BackendError as error:
         return Suspects(desired, unknown=(str(error),))
-    packets = cluster_packets(desired, marks, address_types(desired.family, local, broadcast))
+    return suspects_of(desired, marks, read, address_types(desired.family, local, broadcast))
+
+
+def suspects_of(
+    desired: Desired, marks: int, read: Hooks, types: tuple[tuple[str, Ranges], ...]
+) -> Suspects:
+    """Those among rules that were read. `types`: the node's addresses by their types."""
+    packets = cluster_packets(desired, marks, types)
     rules = rewriters(read.hooks, packets)
     return Suspects(desired, read, rules, before_guard(read.hooks), read.unread, packets)
 

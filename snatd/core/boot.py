@@ -146,10 +146,11 @@ def unit(shown: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def not_running(shown: Mapping[str, str], *, drift: bool) -> Iterator[Finding]:
-    """No daemon has given its word. Without a unit that is a fault only while there is something to
-    be done, since `snatd apply` may be all that is wanted."""
-    evidence = "no daemon has written its status file"
+def not_running(shown: Mapping[str, str], headline: str, *, wanted: bool) -> Iterator[Finding]:
+    """`headline`: what `snatd status` says of it. `wanted`: there is something to be done, or it
+    did not end in order. Without that and without a unit it is no fault, since `snatd apply` may be
+    all that is wanted."""
+    evidence = headline
     remedy: tuple[str, ...] = ("snatd run",)
     if is_unit(shown):
         if shown.get("ActiveState") not in ("inactive", "failed", "deactivating"):
@@ -158,7 +159,7 @@ def not_running(shown: Mapping[str, str], *, drift: bool) -> Iterator[Finding]:
         why = "" if result == "success" else f", {result} ({shown.get('ExecMainStatus')})"
         evidence = f"{UNIT}: {shown['ActiveState']}{why}"
         remedy = (f"systemctl restart {UNIT}", f"journalctl -u {UNIT}")
-    elif not drift:
+    elif not wanted:
         return
     yield Finding(
         "not_running",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -26,6 +27,13 @@ class Finding:
     evidence: tuple[str, ...]
     why: str
     remedy: tuple[str, ...]
+
+
+def some(lines: Iterable[str], most: int = 4, mark: str = "") -> tuple[str, ...]:
+    """Each once, and not more than anybody would read. `mark`: before the number of the others."""
+    all_lines = tuple(dict.fromkeys(lines))
+    more = len(all_lines) - most
+    return (*all_lines[:most], *((f"{mark}and {more} more",) if more > 0 else ()))
 
 
 def in_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:

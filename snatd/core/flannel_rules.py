@@ -17,8 +17,9 @@ from snatd.core.finding import Finding, Severity
 from snatd.core.model import POSTROUTING, Network
 from snatd.core.networks import contains
 from snatd.core.packet import Hook
-from snatd.core.rivals import Where, iptables_of, rule_command
+from snatd.core.rivals import Where, rule_command
 from snatd.core.rules import Spec, parse
+from snatd.core.xtables import iptables_of
 
 _CHAIN, _COMMENT = "FLANNEL-POSTRTG", "flanneld masq"
 _RESTART = "systemctl restart flanneld"
@@ -73,7 +74,7 @@ def early_rules(hooks: Sequence[Hook], wanted: Desired) -> frozenset[Where]:
 
 def _of_chain(hook: Hook, chain: str, wanted: Desired) -> tuple[list[_Own], list[_Own]]:
     """flannel's rules in it: those of another lease, and the rest."""
-    command = iptables_of(hook.table)
+    command, _ = iptables_of(hook.table)
     rules = list(_own(hook, chain, command, wanted)) if command else []
     stale = [one for one in rules if _is_stale(one, wanted)]
     return stale, [one for one in rules if one not in stale]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from snatd.core.desired import Desired
-from snatd.core.finding import Finding, Severity
+from snatd.core.finding import Finding, Severity, some
 from snatd.core.model import Address, Backend, Family, Network, join
 from snatd.core.packet import (
     ESTABLISHED,
@@ -29,9 +29,9 @@ from snatd.core.packet import (
 )
 from snatd.core.surroundings import Device, TunnelEnd
 from snatd.core.trace import Place, Why, trace
-from snatd.core.writers import UNKNOWN, writer
+from snatd.core.writers import by, writer
+from snatd.core.xtables import iptables_of
 
-_MOST = 4
 # Neighbours' subnets that are looked at one by one where not all of them pass.
 _MOST_SUBNETS = 16
 _DOCKER_USER = "DOCKER-USER"
@@ -232,21 +232,12 @@ def _doubtful(losses: Iterable[_Loss]) -> Severity:
 
 
 def _evidence(losses: Iterable[_Loss]) -> tuple[str, ...]:
-    return _some(line for one in losses for line in one.judged.lines)
-
-
-def _some(lines: Iterable[str]) -> tuple[str, ...]:
-    """Each once, and not more than anybody would read."""
-    all_lines = list(dict.fromkeys(lines))
-    more = [f"{len(all_lines) - _MOST} more like these"] if len(all_lines) > _MOST else []
-    return (*all_lines[:_MOST], *more)
+    return some(line for one in losses for line in one.judged.lines)
 
 
 def _text(place: Place) -> str:
-    who = writer(place.table, place.chain, place.step.text)
-    by = "" if who == UNKNOWN else f" (written by {who})"
     rule = f": {place.step.text}" if place.step.number else ""
-    return f"{place}{by}{rule}"
+    return f"{place}{by(place.table, place.chain, place.step.text)}{rule}"
 
 
 def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
@@ -267,28 +258,24 @@ def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
 
 
 def _accepting(rules: Rules, hook: Hook, source: Network, destination: Network) -> str:
-    family = rules.leased.family
-    if command := _iptables(family, hook, rules.iptables_is):
+    if command := _iptables(rules, hook):
         chain = _DOCKER_USER if _DOCKER_USER in hook.chains else hook.chain
         return shlex.join(
             [*command, "-I", chain, "-s", str(source), "-d", str(destination), "-j", "ACCEPT"]
         )
-    ip = _NFT_ADDRESS[family]
+    ip = _NFT_ADDRESS[rules.leased.family]
     of, _, table = hook.table.partition(" ")
     match = [ip, "saddr", str(source), ip, "daddr", str(destination)]
     return shlex.join(["nft", "insert", "rule", of, table, hook.chain, *match, "accept"])
 
 
-def _iptables(family: Family, hook: Hook, iptables_is: Backend) -> list[str]:
+def _iptables(rules: Rules, hook: Hook) -> list[str]:
     """The command that writes to a base chain of iptables' own; empty where it is none."""
-    rest = hook.table.removeprefix("legacy ")
-    backend = Backend.NFT if rest == hook.table else Backend.LEGACY
-    ip, _, table = rest.partition(" ")
-    own = ip == _NFT_ADDRESS[family] and hook.chain == hook.hook.upper()
-    if not own or table not in ("raw", "mangle", "filter", "security"):
+    command, table = iptables_of(hook.table)
+    if not command or hook.chain != hook.hook.upper():
         return []
-    suffix = "" if backend is iptables_is else f"-{backend.value}"
-    return [f"{family.command}{suffix}", *([] if table == "filter" else ["-t", table])]
+    command = command.removesuffix(f"-{rules.iptables_is.value}")
+    return [command, *([] if table == "filter" else ["-t", table])]
 
 
 def _lasting(rules: Rules, hook: Hook) -> str:
@@ -302,7 +289,7 @@ def _lasting(rules: Rules, hook: Hook) -> str:
         return f"# to last: ufw route allow from {networks} to {rules.leased.subnet}, and back"
     if _is_dockers(hook):
         return _DIRECT_ROUTING
-    if _iptables(rules.leased.family, hook, rules.iptables_is):
+    if _iptables(rules, hook):
         return "# to last over a boot it has to be among the saved rules: man snatd, save"
     return "# to last it has to be where this table is written"
 
@@ -351,7 +338,7 @@ def direct_routing(rules: Rules, legs: Sequence[Leg]) -> Iterator[Finding]:
             "direct_routing_dropped",
             Severity.ERROR,
             f"Docker drops what other nodes send to {join(list(containers))}",
-            _some(found),
+            some(found),
             "since Docker 28 nobody but this node may use a container's own address; so calls to "
             "it are lost, and answers to its own calls, unless they are masqueraded",
             (*commands, _DIRECT_ROUTING),
@@ -387,7 +374,7 @@ def on_bridge(rules: Rules, nat: Sequence[Hook], key: str) -> Iterator[Finding]:
         losses.look(replace(packet, state=state), subnet, subnet)
     if losses.certain:
         meant = all(
-            _is_icc(some, rules.bridge) for one in losses.found for some in one.judged.places
+            _is_icc(place, rules.bridge) for one in losses.found for place in one.judged.places
         )
         yield Finding(
             "bridge_dropped",
@@ -406,7 +393,7 @@ def on_bridge(rules: Rules, nat: Sequence[Hook], key: str) -> Iterator[Finding]:
             "bridge_snat",
             Severity.ERROR,
             f"containers of {subnet} on this node see each other under another address",
-            (f"{key} = 1", *_some(_text(one.place) for one in hidden if one.place)),
+            (f"{key} = 1", *some(_text(one.place) for one in hidden if one.place)),
             "bridges ask iptables here, and the rule does not leave out what stays behind "
             f"{rules.bridge}",
             (
@@ -453,7 +440,7 @@ def tunnel(
     commands = [
         shlex.join([*command, "-I", hook.chain, "-s", str(node), *_udp(port), "-j", "ACCEPT"])
         for hook in rules.hooks
-        if (command := _iptables(family, hook, rules.iptables_is))
+        if (command := _iptables(rules, hook))
         for node, _ in lost
     ]
     yield Finding(
@@ -462,7 +449,7 @@ def tunnel(
         f"what other nodes send through {device.name} is dropped{'' if certain else ', or may be'}",
         (
             f"{device.name}: UDP port {port} of {local}",
-            *_some(line for _, judged in lost for line in judged.lines),
+            *some(line for _, judged in lost for line in judged.lines),
         ),
         f"packets for containers of {rules.leased.subnet} come inside of these",
         (*commands, f"# UDP port {port} has to be open for {join([node for node, _ in lost])}"),

@@ -8,18 +8,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from snatd.core.desired import Desired
 from snatd.core.docker import Docker
 from snatd.core.errors import RuleError
-from snatd.core.finding import Finding, Severity
+from snatd.core.finding import Finding, Severity, some
 from snatd.core.model import POSTROUTING, Backend, Family, count
 from snatd.core.packet import Check, Hook, Marked
 from snatd.core.plan import Change, Transaction
 from snatd.core.rules import parse, tokens
 from snatd.core.trace import GUARD_PRIORITY, Answer, Place
-from snatd.core.writers import UNKNOWN, told, writer
+from snatd.core.writers import UNKNOWN, by, told, writer
+from snatd.core.xtables import iptables_of
 
+INSTALL_NFT = ("apt-get install nftables", "# Fedora, EL: dnf install nftables")
 # More lines of evidence nobody reads.
 _MOST_LINES = 8
 
@@ -43,17 +46,9 @@ _TABLES = {
     for family, ip in ((Family.V4, "ip"), (Family.V6, "ip6"))
     for backend, legacy in ((Backend.NFT, ""), (Backend.LEGACY, "legacy "))
 }
-_COMMANDS = {
-    table: f"{family.command}-{backend.value}" for (family, backend), table in _TABLES.items()
-}
 
 # Table, chain and text of a rule.
 Where = tuple[str, str, str]
-
-
-def iptables_of(table: str) -> str | None:
-    """The command that a table of iptables belongs to, by its name in a Hook."""
-    return _COMMANDS.get(table)
 
 
 def rule_command(command: str, how: str, chain: str, text: str) -> str:
@@ -62,17 +57,13 @@ def rule_command(command: str, how: str, chain: str, text: str) -> str:
     return shlex.join([command, "-t", "nat", how, chain, *words])
 
 
-def some(lines: Sequence[str], mark: str = "") -> tuple[str, ...]:
-    """As many of them as anybody reads. `mark`: in front of the number of the others."""
-    more = len(lines) - _MOST_LINES
-    return (*lines[:_MOST_LINES], *((f"{mark}and {more} more",) if more > 0 else ()))
-
-
 def drift(
     one: Transaction, guarded: bool, dockers: Sequence[Docker], cure: tuple[str, ...]
 ) -> Iterator[Finding]:
     """What a transaction of the plan is about, reason by reason."""
-    change = some([f"- {line}" for line in one.removed] + [f"+ {line}" for line in one.added])
+    change = some(
+        [*(f"- {line}" for line in one.removed), *(f"+ {line}" for line in one.added)], _MOST_LINES
+    )
     for reason in one.reasons:
         match reason.change:
             case Change.NARROWED:
@@ -124,10 +115,9 @@ def _broad(
     evidence = []
     by_docker = False
     for table, chain, text in replaced(one):
-        who = writer(table, chain, text)
-        by_docker = by_docker or who == "Docker"
-        by = "" if who == UNKNOWN else f" (written by {who})"
-        evidence.append(f"{iptables_of(table)} -t nat: -A {chain} {text}{by}")
+        by_docker = by_docker or writer(table, chain, text) == "Docker"
+        command, _ = iptables_of(table)
+        evidence.append(f"{command} -t nat: -A {chain} {text}{by(table, chain, text)}")
     for docker in dockers if by_docker else ():
         on, why = docker.masquerades()
         evidence.append(why if on else f"{why}, so dockerd will not write it again")
@@ -137,7 +127,7 @@ def _broad(
         Severity.WARNING if guarded else Severity.ERROR,
         "a rule hides containers from other nodes"
         + (" as soon as the guard is gone" if guarded else ""),
-        tuple(evidence),
+        tuple(dict.fromkeys(evidence)),
         "other nodes see this node's address instead of the container's",
         tuple(dict.fromkeys(remedy)),
     )
@@ -153,7 +143,7 @@ def can_snat(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
                 Severity.ERROR if certain else Severity.WARNING,
                 f"a rule hides containers of {wanted.subnet} from {wanted.inside}"
                 + ("" if certain else " under conditions"),
-                some([told(one) for one in some_answers]),
+                some((told(one) for one in some_answers), _MOST_LINES),
                 "other nodes see another address than the container's",
                 _remedies(some_answers),
             )
@@ -167,7 +157,7 @@ def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding
             Severity.INFO,
             f"without the guard {count(len(answers), 'rule')} could hide containers of "
             f"{wanted.subnet}",
-            some([told(one) for one in answers]),
+            some((told(one) for one in answers), _MOST_LINES),
             "these cannot be narrowed in their place; the guard makes them harmless",
             _remedies(answers),
         )
@@ -175,7 +165,7 @@ def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding
 
 def _remedies(answers: Iterable[Answer]) -> tuple[str, ...]:
     places = [one.place for one in answers if one.place]
-    return some(tuple(dict.fromkeys(line for one in places for line in _remedy(one))), "# ")
+    return some((line for one in places for line in _remedy(one)), _MOST_LINES, "# ")
 
 
 def _remedy(place: Place) -> tuple[str, ...]:
@@ -183,8 +173,8 @@ def _remedy(place: Place) -> tuple[str, ...]:
     who = writer(place.table, place.chain, text)
     if who in _AT_ITS_SOURCE:
         return _AT_ITS_SOURCE[who]
-    command = iptables_of(place.table)
-    if who == UNKNOWN and command:
+    command, name = iptables_of(place.table)
+    if who == UNKNOWN and name == "nat":
         # What iptables could not print, nft did, in its own language.
         with suppress(RuleError):
             if parse(text).target:
@@ -219,7 +209,7 @@ def no_guard(family: Family, why: str) -> Iterator[Finding]:
         "written",
         (
             *(
-                ("apt-get install nftables", "# Fedora, EL: dnf install nftables")
+                INSTALL_NFT
                 if "is not installed" in why
                 else ("# run a kernel with nf_tables and its nat chains (CONFIG_NFT_NAT)",)
             ),
@@ -259,14 +249,37 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
         )
 
 
+def fighting(fight: Mapping[str, Any]) -> Finding:
+    """`fight`: what the daemon says of it."""
+    return Finding(
+        "fighting",
+        Severity.WARNING,
+        "another program undoes each repair of snatd's",
+        (f"{fight['with']}: {count(fight['repairs'], 'repair')} since {fight['since']}",),
+        "repairs go on, further apart; what the guard does not keep is wrong in between",
+        (
+            "journalctl -x SNATD_EVENT=fighting",
+            '# keep that program from it; Docker: "ip-masq": false in /etc/docker/daemon.json',
+        ),
+    )
+
+
 _BY_MARK = ("KUBE-POSTROUTING", "CNI-HOSTPORT-MASQ", "NETAVARK-HOSTPORT-MASQ")
 
 
-def both_backends(
-    family: Family, foreign: Mapping[Backend, Sequence[str]], iptables_is: Backend
-) -> Iterator[Finding]:
-    """`foreign`: the rules of others in each backend's nat POSTROUTING."""
-    if not (foreign.get(Backend.NFT) and foreign.get(Backend.LEGACY)):
+def both_backends(family: Family, hooks: Iterable[Hook], iptables_is: Backend) -> Iterator[Finding]:
+    """`hooks`: on nat postrouting and forward, where whoever serves containers has rules."""
+    there: dict[str, dict[str, str]] = {}
+    for hook in hooks:
+        command, table = iptables_of(hook.table)
+        texts = [one.text for one in hook.chains.get(hook.chain, ())]
+        foreign = [one for one in texts if writer(hook.table, hook.chain, one) != "snatd"]
+        if command and foreign and hook.chain == hook.hook.upper():
+            there.setdefault(command, {})[table] = (
+                f"{command} -t {table}: {count(len(foreign), 'rule')} of others in {hook.chain}, "
+                f"the first: {foreign[0]}"
+            )
+    if len(there) < 2:
         return
     other = Backend.LEGACY if iptables_is is Backend.NFT else Backend.NFT
     command = f"{family.command}-{other.value}"
@@ -275,16 +288,15 @@ def both_backends(
         Severity.WARNING,
         f"{family.value} rules stand in legacy and in nft tables",
         tuple(
-            f"{family.command}-{backend.value} -t nat: {count(len(texts), 'rule')} of others in "
-            f"{POSTROUTING}, the first: {texts[0]}"
-            for backend, texts in foreign.items()
+            line
+            for _, lines in sorted(there.items(), key=lambda one: one[0] == command)
+            for line in lines.values()
         ),
         "a packet passes through both, and whoever looks at one does not see the other",
         (
             f"{command}-save",
             f"# restart what wrote them, so that it writes to {iptables_is.value} tables, as the "
             f"node's {family.command} does; then:",
-            f"{command} -t nat -F",
-            f"{command} -t nat -X",
+            *(f"{command} -t {table} {what}" for table in there[command] for what in ("-F", "-X")),
         ),
     )

@@ -6,11 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from snatd.core.finding import Finding, Severity
+from snatd.core.finding import Finding, Severity, some
 from snatd.core.model import count
 from snatd.core.surroundings import Device
-
-_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ def _between(read: Sizes) -> Iterator[Finding]:
         f"{count(len(lost), 'container')} behind {read.bridge.name} lose what is large",
         (
             _says(read.bridge),
-            *(line for one in lost[:_MOST] for line in _port(one)),
-            *([f"{len(lost) - _MOST} more like these"] if len(lost) > _MOST else []),
+            *some(map(_port, lost)),
         ),
         "what is larger than the next device takes vanishes there, and nobody is told",
         (
@@ -83,8 +80,7 @@ def _of_containers(read: Sizes) -> Iterator[Finding]:
         f"{count(len(large), 'container')} may send what is too large for the way to other nodes",
         (
             *(line for line, mtu in ways.items() if mtu == most),
-            *(line for one in large[:_MOST] for line in _port(one)),
-            *([f"{len(large) - _MOST} more like these"] if len(large) > _MOST else []),
+            *some(map(_port, large)),
         ),
         f"each packet above {most} bytes is sent twice at best; where an ICMP answer is filtered "
         "the connection hangs",
@@ -138,9 +134,9 @@ def _says(one: Device) -> str:
     return f"{one.name} has mtu {one.mtu}"
 
 
-def _port(one: Device) -> tuple[str, ...]:
+def _port(one: Device) -> str:
     inside = [] if one.inner_mtu is None else [f"its end in the container has mtu {one.inner_mtu}"]
-    return (", ".join((_says(one), *inside)),)
+    return ", ".join((_says(one), *inside))
 
 
 def on_bridge(devices: Sequence[Device], name: str) -> tuple[Device, ...]:

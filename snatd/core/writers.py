@@ -58,12 +58,17 @@ def writer(table: str, chain: str, text: str) -> str:
     return next((who for shape, who in _RULES if shape.search(text)), UNKNOWN)
 
 
+def by(table: str, chain: str, text: str) -> str:
+    """The same for a sentence, empty where nobody is known."""
+    who = writer(table, chain, text)
+    return "" if who == UNKNOWN else f" (written by {who})"
+
+
 def told(answer: Answer) -> str:
     """The rule that decides, with its place, its writer and what it depends on."""
     if answer.place is None:
         return "a rule that could not be read"
     place = answer.place
-    who = writer(place.table, place.chain, place.step.text)
-    by = "" if who == UNKNOWN else f" (written by {who})"
+    who = by(place.table, place.chain, place.step.text)
     where = f", where {join([f'`{why}`' for why in answer.why])}" if answer.why else ""
-    return f"{place}{by}: {place.step.text}{where}"
+    return f"{place}{who}: {place.step.text}{where}"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from snatd.core.errors import RuleError
-from snatd.core.model import Rule
+from snatd.core.model import Backend, Family, Rule
 from snatd.core.networks import network
 from snatd.core.packet import (
     ALL_BITS,
@@ -61,6 +61,18 @@ def compiled(
         name: tuple(step(number, rule.text, names) for number, rule in enumerate(rules, 1))
         for name, rules in chains.items()
     }
+
+
+_TABLES = ("raw", "mangle", "nat", "filter", "security")
+
+
+def iptables_of(table: str) -> tuple[str, str]:
+    """The command to which a table belongs, by its name in a Hook, and what that calls it; "" twice
+    where it is none of iptables'."""
+    backend = Backend.LEGACY if table.startswith("legacy ") else Backend.NFT
+    ip, _, name = table.removeprefix("legacy ").partition(" ")
+    command = {"ip": Family.V4.command, "ip6": Family.V6.command}.get(ip)
+    return (f"{command}-{backend.value}", name) if command and name in _TABLES else ("", "")
 
 
 def targets(rules: Iterable[Rule]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -49,11 +49,18 @@ Found = dict[str, dict[str, Any]]
 
 def found(snatd: Snatd, exit_code: int = 1) -> Found:
     """The findings by name."""
-    began_s = time.monotonic()
+    before_s = children_cpu_s()
     done = snatd.command("doctor", "--json")
     assert done.returncode == exit_code, done.stdout + done.stderr
-    assert time.monotonic() - began_s < 10
+    # Not by the clock, which goes on while the machine does something else.
+    assert children_cpu_s() - before_s < 5
     return {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+
+
+def children_cpu_s() -> float:
+    """Of all that were waited for, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def only(snatd: Snatd, name: str, severity: str = "error") -> dict[str, Any]:
@@ -1201,9 +1208,9 @@ def test_a_tool_is_missing(
     nothing = tmp_path / "nothing"
     nothing.touch(mode=0o644)
     node.host.run("mount", "--bind", str(nothing), f"/usr/sbin/{lacking}")
-    one = found(snatd, exit_code)["not_looked"]
+    one = found(snatd, exit_code)["not_looked" if lacking == "conntrack" else "rules_unread"]
     assert one["severity"] == "info"
-    assert says in one["evidence"][0]
+    assert all(says in line for line in one["evidence"])
 
 
 @pytest.mark.parametrize(
@@ -1211,7 +1218,7 @@ def test_a_tool_is_missing(
     [
         ("echo broken >&2; exit 1", "failed (exit 1): broken", "warning"),
         ("echo nonsense", "no connection: 'nonsense'", "warning"),
-        ("exec sleep 60", "was not done after 1 s", "info"),
+        ("exec sleep 60", "was not done after 3 s", "info"),
     ],
 )
 def test_a_tool_that_fails_or_hangs(
@@ -1267,11 +1274,7 @@ def test_many_containers_and_what_a_look_takes(nft_lab: Lab, node: Node, snatd: 
     routes = [f"route add 172.7.{one}.0/24 via 10.4.7.22" for one in range(30, 250)]
     node.host.run("ip", "-batch", "-", stdin="\n".join(routes) + "\n")
     assert connected(nft_lab)
-    began_s = time.monotonic()
     assert found(snatd, 0) == {}
-    took_s = time.monotonic() - began_s
-    print(f"{took_s:.2f} s")
-    assert took_s < 5
     pods.close()
 
 

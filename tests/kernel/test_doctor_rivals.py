@@ -93,7 +93,8 @@ def snatd(node: Node, tmp_path: Path) -> Iterator[Snatd]:
 NAMES = {
     name
     for file in Path(doctor_rivals.__file__).parent.rglob("*.py")
-    if file.stem in ("doctor_rivals", "rivals", "flannel_rules", "docker", "programs", "boot")
+    if file.stem
+    in ("doctor", "doctor_rivals", "rivals", "flannel_rules", "docker", "programs", "boot")
     for name in re.findall(r'Finding\(\s*"(\w+)"', file.read_text())
 }
 
@@ -297,6 +298,7 @@ def test_no_nft_at_all(node: Node, snatd: Snatd, tmp_path: Path) -> None:
     node.host.run("mount", "--bind", str(empty), "/usr/sbin/nft")
     there = found(snatd)
     assert set(there) == {"no_guard", "rules_unread"}
+    assert len(there["rules_unread"]["evidence"]) == 2  # of nat and of filter rules
     assert "nft is not installed" in there["no_guard"]["evidence"][0]
     assert there["no_guard"]["remedy"][0] == "apt-get install nftables"
     node.host.run("umount", "/usr/sbin/nft")
@@ -313,7 +315,7 @@ def test_a_kernel_that_refuses_the_guard(nft_lab: Lab, tmp_path: Path, lists: bo
         snatd.start()
         until(lambda: snatd.status()["in_sync"], "in sync")
         there = found(snatd)
-        assert set(there) == ({"no_guard"} if lists else {"no_guard", "rules_unread"})
+        assert set(there) == ({"no_guard"} if lists else {"no_guard", "not_looked"})
         assert "Operation not supported" in there["no_guard"]["evidence"][0]
         assert "CONFIG_NFT_NAT" in there["no_guard"]["remedy"][0]
         snatd.write_config(guard="off")
@@ -373,6 +375,29 @@ def test_legacy_and_nft(node: Node, snatd: Snatd) -> None:
     assert "-A POSTROUTING -m comment --comment x -j RETURN" in listed
     heal(node, one)
     silent(snatd)
+
+
+def test_docker_in_legacy_and_kube_proxy_in_nft(lab: Lab, tmp_path: Path, backend: str) -> None:
+    """snatd has narrowed the one rule that Docker had in nat POSTROUTING."""
+    node = lab.nodes[0]
+    node.write_lease()
+    dockers, kube, other = (
+        ("iptables-legacy -w 5", "iptables-nft", "nft")
+        if backend == "legacy"
+        else ("iptables-nft", "iptables-legacy -w 5", "legacy")
+    )
+    node.host.shell(
+        f"{dockers} -t nat -A POSTROUTING {BROAD}; {dockers} -A FORWARD -i docker0 -j ACCEPT;"
+        + KUBE.format(mark="0x4000").replace("iptables ", f"{kube} ")
+    )
+    with Snatd(node.host, tmp_path) as snatd:
+        assert snatd.command("apply").returncode == 0
+        one = only(snatd, "legacy_and_nft")
+        assert sorted(line.partition(": ")[0] for line in one["evidence"]) == sorted(
+            [f"iptables-{backend} -t filter", f"iptables-{other} -t nat"]
+        )
+        heal(node, one)
+        silent(snatd)
 
 
 # flannel's rules.
@@ -716,6 +741,33 @@ def test_a_daemon_that_does_not_answer(node: Node, snatd: Snatd) -> None:
     assert f"pid {snatd.pid} - its process was stopped by a signal" in one["evidence"][0]
     snatd.signal(SIGCONT)
     silent(snatd)
+
+
+def test_a_daemon_that_was_killed(snatd: Snatd) -> None:
+    """Nothing is to be done yet, and nobody will do it."""
+    snatd.start()
+    silent(snatd)
+    snatd.process.kill()
+    snatd.process.wait()
+    one = only(snatd, "not_running")
+    assert f"pid {snatd.pid} - it was killed, or it crashed" in one["evidence"][0]
+    snatd.start()
+    silent(snatd)
+
+
+def test_a_fight(node: Node, snatd: Snatd) -> None:
+    """`snatd status` exits 1 then; the rules may be right at this moment."""
+    snatd.start()
+    rival = node.host.popen(
+        *("sh", "-c", f"while :; do iptables -t nat -I POSTROUTING {BROAD}; sleep 0.1; done")
+    )
+    try:
+        until(lambda: snatd.status()["fights"]["now"], "a fight", 30)
+        one = found(snatd)["fighting"]
+        assert one["evidence"][0].startswith("iptables (pid ")
+    finally:
+        rival.kill()
+        rival.wait()
 
 
 def test_a_configuration_that_the_daemon_refused(snatd: Snatd) -> None:

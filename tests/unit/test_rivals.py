@@ -15,12 +15,13 @@ import pytest
 
 from snatd.core import boot, docker, programs, rivals
 from snatd.core.docker import Docker
-from snatd.core.finding import Finding, Severity
+from snatd.core.finding import Finding, Severity, some
 from snatd.core.flannel_rules import early_rules, flannel_rules
 from snatd.core.model import Hold
 from snatd.core.plan import plan
 from snatd.core.programs import Process
 from snatd.core.trace import cluster_packets, rewriters
+from snatd.core.xtables import iptables_of
 from snatd.doctor_rivals import _refused_guards
 from snatd.host.docker import read_dockers
 from snatd.host.processes import find
@@ -277,8 +278,9 @@ def test_marks_of_several_bits() -> None:
 
 
 def test_long_lists_are_cut() -> None:
-    assert rivals.some([str(n) for n in range(10)])[-1] == "and 2 more"
-    assert len(rivals.some([str(n) for n in range(8)])) == 8
+    assert some([str(n) for n in range(10)], 8, "# ")[-1] == "# and 2 more"
+    assert len(some([str(n) for n in range(8)], 8)) == 8
+    assert some(["a", "b", "a"]) == ("a", "b")
 
 
 # flannel's rules.
@@ -526,10 +528,10 @@ def test_the_unit(changes: dict[str, str], names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shown", "drift", "evidence"),
+    ("shown", "wanted", "evidence"),
     [
         ({}, False, None),
-        ({}, True, "no daemon has written its status file"),
+        ({}, True, "not running"),
         (UNIT, True, None),
         ({**UNIT, "ActiveState": "activating"}, True, None),
         (
@@ -545,9 +547,10 @@ def test_the_unit(changes: dict[str, str], names: list[str]) -> None:
     ],
 )
 def test_a_daemon_that_does_not_run(
-    shown: dict[str, str], drift: bool, evidence: str | None
+    shown: dict[str, str], wanted: bool, evidence: str | None
 ) -> None:
-    found = [finding.evidence for finding in boot.not_running(shown, drift=drift)]
+    there = boot.not_running(shown, "not running", wanted=wanted)
+    found = [finding.evidence for finding in there]
     assert found == ([(evidence,)] if evidence else [])
 
 
@@ -558,8 +561,27 @@ def test_a_circle_of_units() -> None:
 
 
 def test_both_backends_only_if_others_use_both() -> None:
-    rules = {NFT: ["-j A"], LEGACY: ["-j B", "-j C"]}
-    found = one(rivals.both_backends(V4, rules, LEGACY))
+    nft, legacy = xtables_hook("-j A"), xtables_hook("-j B\n-j C", "legacy ip filter")
+    found = one(rivals.both_backends(V4, [nft, legacy], LEGACY))
     assert found.remedy[2:] == ("iptables-nft -t nat -F", "iptables-nft -t nat -X")
-    assert not list(rivals.both_backends(V4, {NFT: ["-j A"], LEGACY: []}, NFT))
-    assert not list(rivals.both_backends(V4, {NFT: ["-j A"]}, NFT))
+    found = one(rivals.both_backends(V4, [nft, legacy], NFT))
+    assert found.remedy[2:] == ("iptables-legacy -t filter -F", "iptables-legacy -t filter -X")
+    ours = xtables_hook("-s 172.7.21.0/24 -m comment --comment snatd -j MASQUERADE\n-j SNATD-X")
+    native = xtables_hook("-j MASQUERADE", "ip own")
+    for others in ([legacy], [legacy, xtables_hook("")], [legacy, ours], [legacy, native]):
+        assert not list(rivals.both_backends(V4, others, NFT))
+
+
+@pytest.mark.parametrize(
+    ("table", "command"),
+    [
+        ("ip nat", ("iptables-nft", "nat")),
+        ("legacy ip nat", ("iptables-legacy", "nat")),
+        ("ip6 raw", ("ip6tables-nft", "raw")),
+        ("inet filter", ("", "")),
+        ("ip snatd", ("", "")),
+        ("netdev filter", ("", "")),
+    ],
+)
+def test_whose_a_table_is(table: str, command: tuple[str, str]) -> None:
+    assert iptables_of(table) == command

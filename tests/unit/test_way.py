@@ -558,7 +558,7 @@ def many_lines(number: int) -> Sequence[str]:
 
 def test_of_many_containers_only_some_are_shown() -> None:
     assert len(many_lines(4)) == 5
-    assert many_lines(200)[-1] == "196 more like these"
+    assert many_lines(200)[-1] == "and 196 more"
 
 
 FORWARD = Rules(WISH, "docker0", ip_address("172.7.21.254"), (), Backend.NFT)
@@ -700,7 +700,7 @@ def test_many_containers_are_not_all_shown() -> None:
     rules = "\n".join(f"FORWARD -d 172.7.21.{n}/32 ! -i docker0 -j DROP" for n in range(2, 100))
     raw = chain(rules, "ACCEPT", "ip raw", "prerouting")
     (found,) = passage.direct_routing(replace(FORWARD, hooks=(raw,)), [LEG])
-    assert found.evidence[-1] == "94 more like these"
+    assert found.evidence[-1] == "and 94 more"
     assert found.says.endswith("172.7.21.2, 172.7.21.3, 172.7.21.4, 172.7.21.5, 94 more")
 
 
