@@ -1,4 +1,4 @@
-"""`make manual`: the lists in the man pages, from the tables of the README and from the parser.
+"""`make manual`: the lists in the man pages, from the README's tables, the parser and the code.
 
 Tests compare those tables with the program, and the man pages with what this makes of them. Writes
 between the comments `from ...` and `end` and nowhere else.
@@ -10,10 +10,11 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from snatd.arguments import parser
+from tests import logged
 
 _ROOT = Path(__file__).parents[1]
 _MAN = _ROOT / "packaging" / "man"
@@ -51,11 +52,15 @@ def _keys() -> str:
     )
 
 
-def _named(heading: str) -> Callable[[], str]:
-    return lambda: "".join(
-        _item(f"Ic {' , '.join(re.findall('`([^`]+)`', name))}", *cells)
-        for name, *cells in rows(heading)
-    )
+def _events() -> str:
+    kinds, items = logged.events(), ""
+    for cell, level, meaning in rows("| event |"):
+        names = re.findall("`([^`]+)`", cell)
+        fields = {name: ", ".join(f"`{one}`" for one in kinds[name].all) for name in names}
+        first = fields.pop(names[0])
+        others = "".join(f"; of `{name}`: {its}" for name, its in fields.items() if its != first)
+        items += _item(f"Ic {' , '.join(names)}", level, f"{meaning} Fields: {first}{others}.")
+    return items
 
 
 def _metrics() -> str:
@@ -75,7 +80,7 @@ def _exits() -> str:
 
 _LISTS = {
     "the README's keys": _keys,
-    "the README's events": _named("| event |"),
+    "the README's events and the code": _events,
     "the README's metrics": _metrics,
     "the parser's exit statuses": _exits,
 }

@@ -38,6 +38,10 @@ class Kind:
     def always(self) -> set[str]:
         return set.intersection(*(set(fields) for fields in self.calls))
 
+    @property
+    def all(self) -> list[str]:
+        return sorted(set[str]().union(*self.calls))
+
     def may_be_none_or_several(self, name: str) -> bool:
         odd = (ast.BoolOp, ast.IfExp, ast.List, ast.ListComp, ast.Tuple, ast.Dict, ast.Constant)
         for fields in self.calls:

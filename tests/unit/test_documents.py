@@ -18,6 +18,8 @@ import pytest
 import snatd
 from docs import manual
 from snatd import arguments, config
+from snatd.core.finding import Finding
+from tests import logged
 from tests.lab.prometheus import DASHBOARD, RULES
 from tests.unit.test_counts import each_with_a_sample
 
@@ -153,6 +155,21 @@ def test_the_manual_knows_each_finding() -> None:
     described = re.findall(r"^\.It Li (\w+)$", section, re.MULTILINE)
     assert len(described) > 30
     assert described == sorted(set(findings_in_the_code()))
+
+
+def test_the_manual_knows_what_a_finding_has() -> None:
+    manual = (PACKAGING / "man" / "snatd.8").read_text()
+    head = manual.partition(".Sh FINDINGS")[2].partition("\n.Bl ")[0]
+    described = re.findall(r"^\.Va (\w+)", head, re.MULTILINE)
+    assert described == ["schema", "findings", *(one.name for one in fields(Finding))]
+
+
+def test_the_manual_knows_each_field_of_an_event() -> None:
+    """Which event has which is generated."""
+    manual = (PACKAGING / "man" / "snatd.8").read_text()
+    section = manual.partition(".Sh EVENTS")[2].partition("\n.Sh ")[0]
+    described = re.findall(r"^\.It Va (\w+)$", section, re.MULTILINE)
+    assert described == sorted({name for kind in logged.events().values() for name in kind.all})
 
 
 def test_the_manual_knows_each_key() -> None:
