@@ -21,9 +21,24 @@ _CLONE_NEWNET = 0x40000000
 
 
 # In front of a command: the kernel kills it when its parent is gone, however that ended.
-_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 
 _UNSHARE = ("unshare", "--net", "--mount", "--propagation", "private")
+
+# Makes a tree the root of a mount namespace. The files of `$2` are in it under the same name.
+_INTO_TREE = """
+cd "$1"
+mkdir -p old "./$2"
+mount --bind "$2" "./$2"
+mount --rbind /proc proc
+mount -t sysfs sysfs sys
+mount --rbind /sys/fs/cgroup sys/fs/cgroup
+mount --rbind /dev dev
+pivot_root . old
+umount --lazy /old
+cd /
+exec sleep infinity
+"""
 
 
 def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
@@ -37,11 +52,16 @@ def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> An
 
 
 class Namespace:
-    """A host: a network namespace, and a mount namespace with a /run of its own."""
+    """A host: a network namespace, and a mount namespace with a /run of its own.
 
-    def __init__(self) -> None:
+    `root` is a mounted tree that all of it runs in, else the machine's; `shared` a folder of the
+    machine's that is there too.
+    """
+
+    def __init__(self, root: Path | None = None, shared: Path | None = None) -> None:
+        into = ["sh", "-euc", _INTO_TREE, "sh", str(root), str(shared)]
         self._holder = subprocess.Popen(
-            [*_DIE_WITH_PARENT, *_UNSHARE, "sleep", "infinity"],
+            [*DIE_WITH_PARENT, *_UNSHARE, *(into if root else ["sleep", "infinity"])],
             start_new_session=True,
         )
         self.pid = self._holder.pid
@@ -73,7 +93,9 @@ class Namespace:
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         return {**os.environ, **self._environment, **(extra or {})}
 
-    def run(self, *argv: str, stdin: str | None = None, check: bool = True) -> str:
+    def run(
+        self, *argv: str, stdin: str | None = None, check: bool = True, timeout_s: float = 60
+    ) -> str:
         """Runs a command here and returns what it printed."""
         done = subprocess.run(
             self.command(*argv),
@@ -81,7 +103,7 @@ class Namespace:
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
             check=False,
         )
         if check and done.returncode != 0:
@@ -94,7 +116,7 @@ class Namespace:
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
         """Starts a command here; it dies with this process."""
         options.setdefault("env", self.environment())
-        command = [*_DIE_WITH_PARENT, *self.command(*argv)]
+        command = [*DIE_WITH_PARENT, *self.command(*argv)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
     def program(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -115,17 +137,24 @@ class Namespace:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """This thread's network is this host's for a while; sockets made here stay here."""
-        with open(f"/proc/{os.getpid()}/task/{_thread_id()}/ns/net") as home:
-            _enter(f"/proc/{self.pid}/ns/net")
-            try:
-                yield
-            finally:
-                _set(home.fileno())
+        with network_of(self.pid):
+            yield
 
     def close(self) -> None:
         for one in (*self._programs, self._holder):
             one.kill()
             one.wait()
+
+
+@contextmanager
+def network_of(pid: int) -> Iterator[None]:
+    """The same with a process' network."""
+    with open(f"/proc/{os.getpid()}/task/{_thread_id()}/ns/net") as home:
+        _enter(f"/proc/{pid}/ns/net")
+        try:
+            yield
+        finally:
+            _set(home.fileno())
 
 
 def _thread_id() -> int:

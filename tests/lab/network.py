@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,24 +75,27 @@ class Node:
         subnet: str | None = None,
         mtu: int = 1500,
     ) -> None:
-        """Writes subnet.env as flanneld does, another file in the same folder, then a rename; and
-        sees to it that there is a flanneld."""
-        lines = [
-            f"FLANNEL_NETWORK={network}",
-            f"FLANNEL_SUBNET={subnet or f'{self.pods}.{self.number}.1/24'}",
-        ]
+        """Writes subnet.env, and sees to it that there is a flanneld."""
+        gateway = subnet or f"{self.pods}.{self.number}.1/24"
+        more = [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
         if v6:
-            lines += [
+            more = [
                 "FLANNEL_IPV6_NETWORK=fd00:7::/32",
                 f"FLANNEL_IPV6_SUBNET=fd00:7:{self.number}::1/64",
+                *more,
             ]
-        lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ipmasq else 'false'}"]
-        folder = self.host.path("/run/flannel")
-        folder.mkdir(exist_ok=True)
-        (folder / ".subnet.env").write_text("\n".join(lines) + "\n")
-        (folder / ".subnet.env").rename(folder / "subnet.env")
+        write_lease(self.host, network, gateway, more)
         if self.flanneld is None:
             self.flanneld = self.host.program("flanneld")
+
+
+def write_lease(host: Namespace, network: str, gateway: str, more: Sequence[str]) -> None:
+    """Writes subnet.env as flanneld does, another file in the same folder, then a rename."""
+    lines = [f"FLANNEL_NETWORK={network}", f"FLANNEL_SUBNET={gateway}", *more]
+    folder = host.path("/run/flannel")
+    folder.mkdir(exist_ok=True)
+    (folder / ".subnet.env").write_text("\n".join(lines) + "\n")
+    (folder / ".subnet.env").rename(folder / "subnet.env")
 
 
 class Lab:
@@ -104,7 +108,7 @@ class Lab:
         self._hosts: list[Namespace] = []
         self._servers: list[WhoServer] = []
         self.lan = self._host()
-        self.lan.shell(f"ip link add br0 type bridge {_NO_SNOOPING}; ip link set br0 up")
+        make_lan(self.lan)
         self.outside = self._on_lan(100)
         self.outside.shell(f"ip addr add {OUTSIDE}/32 dev lo; ip addr add {OUTSIDE_V6}/128 dev lo")
         self.nodes = tuple(self._node(number, pods, backend) for number in (21, 22))
@@ -121,14 +125,7 @@ class Lab:
 
     def _on_lan(self, number: int) -> Namespace:
         host = self._host()
-        self.lan.shell(
-            f"ip link add v{number} type veth peer name eth0 netns {host.pid} && "
-            f"ip link set v{number} master br0 up"
-        )
-        host.shell(
-            f"ip addr add 10.4.7.{number}/24 dev eth0; "
-            f"ip addr add fd00:4:7::{number}/64 dev eth0 nodad; ip link set eth0 up"
-        )
+        plug(self.lan, host, number)
         return host
 
     def _node(self, number: int, pods: str, backend: str) -> Node:
@@ -178,6 +175,22 @@ class Lab:
 
 # The bridge would first learn who wants which multicast, and drop neighbour discovery meanwhile.
 _NO_SNOOPING = "mcast_snooping 0"
+
+
+def make_lan(lan: Namespace) -> None:
+    lan.shell(f"ip link add br0 type bridge {_NO_SNOOPING}; ip link set br0 up")
+
+
+def plug(lan: Namespace, host: Namespace, number: int) -> None:
+    """Connects a host to the LAN, by its eth0."""
+    lan.shell(
+        f"ip link add v{number} type veth peer name eth0 netns {host.pid} && "
+        f"ip link set v{number} master br0 up"
+    )
+    host.shell(
+        f"ip addr add 10.4.7.{number}/24 dev eth0; "
+        f"ip addr add fd00:4:7::{number}/64 dev eth0 nodad; ip link set eth0 up"
+    )
 
 
 _FOLDER = "snatd-lab-"

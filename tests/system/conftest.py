@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 import snatd
-from tests.system import tree
-from tests.system.machine import Machine, own_mount_namespace
+from tests.lab import tree
+from tests.lab.mounts import memory
+from tests.system.machine import Machine
 from tests.system.node import Node
 
 PROJECT = Path(snatd.__file__).parents[1]
-_FOLDER = "snatd-system-"
+PACKAGES = (*tree.SNATD, "systemd", "systemd-sysv", "dbus", "kmod", "iptables-persistent", "rpm")
 NEXT = f"{snatd.__version__}+next"
 NEXT_TOML = "\n\n# A key that came with the next version.\n#next = 1\n"
 DISTRIBUTIONS = ("el9", "el10", "fc43")
@@ -54,15 +55,8 @@ def _root() -> None:
 @pytest.fixture(scope="session")
 def work(_root: None) -> Iterator[Path]:
     """Memory, mounted for this process alone: however it ends, nothing of it is left."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
-        # The empty mount point of a run that was killed; never that of one that runs.
-        if not Path("/proc", left.name.removeprefix(_FOLDER).partition("-")[0]).exists():
-            left.rmdir()
-    own_mount_namespace()
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-") as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-        yield Path(folder)
-        subprocess.run(["umount", "--lazy", folder], check=True)
+    with memory("system") as folder:
+        yield folder
 
 
 def git(*words: str, stdin: str = "", index: Path | None = None) -> str:
@@ -129,7 +123,7 @@ def packages(work: Path, commit: str, next_commit: str) -> Packages:
 @pytest.fixture(scope="session", params=["bookworm", "trixie"])
 def base(request: pytest.FixtureRequest, work: Path) -> Path:
     """The tree of a suite, without snatd."""
-    return tree.unpack(str(request.param), work / str(request.param))
+    return tree.unpack(str(request.param), PACKAGES, work / str(request.param))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ is its own; one veth leads into a namespace of the lab.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
@@ -20,49 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.lab.groups import INTO_GROUPS, make_groups, start_reaper
+from tests.lab.mounts import overlay
 from tests.lab.netns import Namespace, until
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_libc = ctypes.CDLL(None, use_errno=True)
-_CLONE_NEWNS = 0x20000
 _numbers = itertools.count(1)
 
-# Kills all that is in the control groups, and removes them, when its stdin ends.
-_REAPER = """
-cat >/dev/null
-for group; do
-    while [ -d "$group" ] && pids=$(find "$group" -name cgroup.procs -exec cat {} + 2>/dev/null) &&
-        [ -n "$pids" ]; do
-        kill -KILL $pids 2>/dev/null
-        sleep 0.02
-    done
-    find "$group" -depth -type d -exec rmdir {} + 2>/dev/null
-done
-exit 0
-"""
-_INTO_GROUPS = 'while [ "$1" != -- ]; do echo $$ >"$1/cgroup.procs"; shift; done; shift; exec "$@"'
 _REBOOT = 133
-
-
-def own_mount_namespace() -> None:
-    """From here on this process's mounts are its own, and die with it."""
-    if _libc.unshare(_CLONE_NEWNS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare: the system tests need root")
-    _mount("--make-rprivate", "/")
-
-
-def _mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True, capture_output=True)
-
-
-def overlay(lower: Sequence[Path], folder: Path) -> Path:
-    """A writable view on trees, the upper ones first; its changes are in `folder`/upper."""
-    for name in ("upper", "work", "root"):
-        (folder / name).mkdir(parents=True)
-    layers = ":".join(map(str, lower))
-    options = f"lowerdir={layers},upperdir={folder}/upper,workdir={folder}/work"
-    _mount("-t", "overlay", "overlay", "-o", options, str(folder / "root"))
-    return folder / "root"
 
 
 class Machine:
@@ -92,7 +56,7 @@ class Machine:
             ear.bind(str(notify))
             ear.settimeout(0.1)
             self._nspawn = subprocess.Popen(
-                ["sh", "-euc", _INTO_GROUPS, "sh", *map(str, self.groups), "--", *self._command()],
+                ["sh", "-euc", INTO_GROUPS, "sh", *map(str, self.groups), "--", *self._command()],
                 env={"PATH": _PATH, "NOTIFY_SOCKET": str(notify), **_environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -233,22 +197,3 @@ class Machine:
 def _environment() -> dict[str, str]:
     # Pure cgroup v2, as on a real Debian 12, also where the host mixes the versions.
     return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "LC_ALL": "C"}
-
-
-def make_groups(name: str) -> list[Path]:
-    """A control group in each hierarchy that systemd uses."""
-    root = Path("/sys/fs/cgroup")
-    roots = [root / one for one in ("systemd", "unified") if (root / one).is_dir()] or [root]
-    groups = [one / name for one in roots]
-    for group in groups:
-        group.mkdir()
-    return groups
-
-
-def start_reaper(groups: Sequence[Path]) -> subprocess.Popen[bytes]:
-    """Kills what is in these groups and removes them when its stdin closes: by us or by our end."""
-    return subprocess.Popen(
-        ["sh", "-c", _REAPER, "reaper", *map(str, groups)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )

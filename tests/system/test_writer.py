@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.groups import make_groups, start_reaper
 from tests.lab.netns import until
 from tests.lab.network import Lab
 from tests.lab.process import Snatd
-from tests.system.machine import make_groups, start_reaper
 
 
 @pytest.fixture
