@@ -17,7 +17,8 @@ SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd
 # For whom `make rpm` builds.
 RPM_FOR ?= el9 el10 fc43
 
-.PHONY: help venv demo test test-faults test-system fuzz soak bench manual pictures deb rpm clean packages
+.PHONY: help venv demo test test-faults test-system test-docker fuzz soak bench manual pictures deb rpm
+.PHONY: clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -75,6 +76,10 @@ rpm: packages  ## build dist/snatd-*.rpm and snatd-legacy-*.rpm of the last comm
 test-system: PACKAGES += $(SYSTEM)
 test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 13; needs root
 	@$(BIN)/python -m pytest tests/system
+
+test-docker: PACKAGES += mmdebstrap zstd
+test-docker: packages venv  ## beside real Docker of Debian 12, 13 and the next; needs root
+	@$(BIN)/python -m pytest tests/docker
 
 $(BIN)/.fuzz: $(BIN)/.complete
 	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[fuzz]'
