@@ -57,7 +57,8 @@ class Docker:
         self.subnet = number
         self._name = f"snatd-docker-{os.getpid()}-{folder.parent.name}-{number}"
         groups = make_groups(self._name)
-        self._reaper = start_reaper(sorted({*groups, *anywhere(self._name)}))
+        # The daemons' first, or they start again a container that was killed.
+        self._reaper = start_reaper([*groups, *anywhere(self._name)])
         self._daemon_groups = [group / "daemon" for group in groups]
         for group in self._daemon_groups:
             group.mkdir()

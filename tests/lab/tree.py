@@ -26,6 +26,8 @@ def archive(suite: str, packages: Sequence[str]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(" ".join((suite, *packages)).encode()).hexdigest()[:12]
     path = root / f"{suite}-{key}.tar.zst"
+    if path.exists():  # and does not wait while another one is made
+        return path
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
