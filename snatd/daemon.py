@@ -173,9 +173,7 @@ class Daemon:
 
     def _turn(self) -> None:
         now_s = time.monotonic()
-        waits = [self._schedule.due_s(now_s)]
-        if self._poll.due_s is not None:
-            waits.append(self._poll.due_s)
+        waits = [self._schedule.due_s(now_s), self._poll.due_s]
         if self._notifier.watchdog_s is not None:
             waits.append(now_s + self._notifier.watchdog_s / 4)
         if (evidence_s := self._evidence.waits_until_s()) is not None:
@@ -186,7 +184,7 @@ class Daemon:
             waits.append(self._metrics.due_s)
         news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
-        if self._poll.due_s is not None and now_s >= self._poll.due_s:
+        if now_s >= self._poll.due_s:
             for event in self._poll.events(now_s):
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):

@@ -7,6 +7,7 @@ message in full. Here a storm of foreign rules costs one search through each dat
 from __future__ import annotations
 
 import errno
+import math
 import re
 import socket
 import struct
@@ -298,18 +299,19 @@ class LegacyPoll:
 
     source = "legacy-digest"
     shortest_s = 1.0
+    # While no table is in use: nothing else tells of a first rule with watchdog before 5.0.
+    unused_s = 5.0
     share = 0.002
 
     def __init__(self) -> None:
         self._digests: dict[Family, bytes] = {}
         self.period_s = self.shortest_s
-        self.due_s: float | None = None
+        self.due_s = math.inf
 
     def rebase(self, now_s: float) -> None:
-        """Before a pass reads: from here on a difference is news. Not in use: no polling at all."""
+        """Before a pass reads: from here on a difference is news."""
         self._digests = self._look()
-        in_use = any(self._digests.values())
-        self.due_s = now_s + self.period_s if in_use else None
+        self.due_s = now_s + self.period_s
 
     def events(self, now_s: float) -> tuple[Event, ...]:
         """An event if something changed since `rebase`. Call when `due_s` has come."""
@@ -321,5 +323,6 @@ class LegacyPoll:
         started_s = time.thread_time()
         digests = {family: peek.digest(family) for family in Family}
         cost_s = time.thread_time() - started_s
-        self.period_s = max(self.shortest_s, cost_s / self.share)
+        shortest_s = self.shortest_s if any(digests.values()) else self.unused_s
+        self.period_s = max(shortest_s, cost_s / self.share)
         return digests

@@ -272,13 +272,16 @@ def test_a_native_rule_in_the_nat_table_does_not_stop_the_other_backend(
         assert "is incompatible, use 'nft' tool" in recovered["was"][0]
 
 
-def test_fault_10_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_use", [True, False])
+def test_fault_10_a_writer_without_the_lock_is_noticed(
+    nft_lab: Lab, tmp_path: Path, in_use: bool
+) -> None:
     node = nft_lab.nodes[0]
     node.write_lease()
     with Snatd(node.host, tmp_path) as snatd:
-        add(
-            node, "-A", "POSTROUTING", "-s", "1.2.3.4/32", "-j", "RETURN", command="iptables-legacy"
-        )
+        if in_use:
+            foreign = ("-s", "1.2.3.4/32", "-j", "RETURN")
+            add(node, "-A", "POSTROUTING", *foreign, command="iptables-legacy")
         snatd.start()
         until(lambda: snatd.status()["passes"] >= 2, "the look after the watches were set up")
         # Another lock file: what a program that knows nothing of the lock looks like. The second
@@ -288,8 +291,8 @@ def test_fault_10_a_writer_without_the_lock_is_noticed(nft_lab: Lab, tmp_path: P
                 "XTABLES_LOCKFILE=/dev/null iptables-legacy -t nat -I POSTROUTING "
                 + " ".join(node.broad_rule)
             )
-            event = snatd.wait_for("rule_narrowed", number, within_s=3)[-1]
-            assert event["trigger"] in ("legacy-digest", "read_back")
+            event = snatd.wait_for("rule_narrowed", number, within_s=8)[-1]
+            assert {"legacy-digest", "read_back"} & {*event["trigger"].split(",")}
         assert rules(node, "iptables-legacy").count(NARROW) == 1
 
 
