@@ -313,7 +313,7 @@ class Daemon:
             self._schedule = self._schedule.event()
             self._triggers["read_back"] += 1
         self._listen_to_bridge(done)
-        self._facts.passed(done, triggers, causes, ended_s - started_s)
+        self._facts.passed(done, triggers, causes, time.monotonic() - started_s)
         enforce = self._settings.mode == "enforce"
         programs = {one: {writer.program for writer in by} for one, by in causes.items()}
         self._counts.passed(done, programs, ended_s - started_s, ended_s, enforce=enforce)

@@ -52,6 +52,7 @@ class Facts:
         self._view: dict[str, Any] = {}
 
     def passed(self, done: Pass, triggers: Counter[str], causes: Causes, duration_s: float) -> None:
+        at = self._now()  # first, so that it and the duration tell when the pass began
         repairs = tuple(dict.fromkeys(done.applied))
         trigger = ",".join(triggers) or "resync"
         self.passes += 1
@@ -59,12 +60,12 @@ class Facts:
         self._view = report.document(done.view)
         self._particulars = report.particulars(done.view)
         self.last_pass = {
-            "at": self._now(),
+            "at": at,
             "duration_ms": round(duration_s * 1000, 1),
             "trigger": trigger,
         }
         for one in repairs:
-            self._recent.appendleft(_repair(one, self._now(), trigger, causes[one]))
+            self._recent.appendleft(_repair(one, at, trigger, causes[one]))
         self._enter(anew=bool(repairs))
 
     def heard(self, source: str, writer: Writer | None) -> None:

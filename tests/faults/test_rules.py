@@ -159,7 +159,8 @@ def test_fault_06_a_reload_like_firewallds_takes_few_passes(
         " for m in 1 2 3 4 5 6 7 8 9; do"
         " iptables -t nat -A ZONE$n -d 198.51.100.$m/32 -j RETURN; done; done"
     )
-    until(lambda: snatd.status()["in_sync"] and NARROW in rules(node), "the repair")
+    until(lambda: snatd.status()["passes"] > before and NARROW in rules(node), "the repair")
+    until(lambda: snatd.status()["in_sync"], "in sync")
     quiet = snatd.status()["passes"]
     time.sleep(1)
     snatd.signal(signal.SIGUSR1)
