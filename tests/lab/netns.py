@@ -12,9 +12,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000
@@ -146,23 +147,39 @@ class Namespace:
             one.wait()
 
 
-@contextmanager
-def network_of(pid: int) -> Iterator[None]:
-    """The same with a process' network."""
-    with open(f"/proc/{os.getpid()}/task/{_thread_id()}/ns/net") as home:
-        _enter(f"/proc/{pid}/ns/net")
-        try:
-            yield
-        finally:
-            _set(home.fileno())
+class Place(Protocol):
+    """Where sockets can be made: a host, or a network that another program made."""
+
+    def entered(self) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network by its file."""
+
+    path: Path
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with open(f"/proc/{os.getpid()}/task/{_thread_id()}/ns/net") as home:
+            _enter(self.path)
+            try:
+                yield
+            finally:
+                _set(home.fileno())
+
+
+def network_of(pid: int) -> AbstractContextManager[None]:
+    """The same as `entered`, with a process' network."""
+    return Net(Path(f"/proc/{pid}/ns/net")).entered()
 
 
 def _thread_id() -> int:
     return threading.get_native_id()
 
 
-def _enter(path: str) -> None:
-    with open(path) as there:
+def _enter(path: Path) -> None:
+    with path.open() as there:
         _set(there.fileno())
 
 

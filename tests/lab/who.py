@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from tests.lab.netns import Namespace
+from tests.lab.netns import Place
 
 PORT = 8080
 
@@ -17,7 +17,7 @@ PORT = 8080
 class WhoServer:
     """Answers over TCP (a line of HTTP) and UDP with the caller's address."""
 
-    def __init__(self, host: Namespace, *addresses: str) -> None:
+    def __init__(self, host: Place, *addresses: str) -> None:
         with host.entered():
             self._tcp = socket.create_server(
                 ("", PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
@@ -78,7 +78,7 @@ def _plain(address: str) -> str:
 
 
 def seen_by(
-    host: Namespace, destination: str, timeout_s: float = 2.0, source: str | None = None
+    host: Place, destination: str, timeout_s: float = 2.0, source: str | None = None
 ) -> str | None:
     """As whom a host is seen by a WhoServer, over TCP; None where no answer comes."""
     with host.entered():
@@ -97,7 +97,7 @@ def seen_by(
     return answer.decode().rpartition("\r\n")[2].strip() or None
 
 
-def seen_by_udp(host: Namespace, destination: str, timeout_s: float = 2.0) -> str | None:
+def seen_by_udp(host: Place, destination: str, timeout_s: float = 2.0) -> str | None:
     """The same by one datagram: a new flow each time, and no handshake to wait for."""
     with host.entered():
         caller = socket.socket(_family(destination), socket.SOCK_DGRAM)
@@ -114,7 +114,7 @@ Seen = Counter[tuple[str, str | None]]
 
 
 def census(
-    host: Namespace,
+    host: Place,
     destinations: Sequence[str],
     more: Callable[[int], bool],
     first_port: int = 1025,
@@ -148,7 +148,7 @@ def census(
 class Udp:
     """A UDP flow that goes on: one socket that asks a WhoServer as whom it is seen."""
 
-    def __init__(self, host: Namespace, destination: str) -> None:
+    def __init__(self, host: Place, destination: str) -> None:
         with host.entered():
             self.socket = socket.socket(_family(destination), socket.SOCK_DGRAM)
         self.socket.settimeout(2)
@@ -162,7 +162,7 @@ class Udp:
 class Discard:
     """The discard port of an address, and who sent something there."""
 
-    def __init__(self, host: Namespace, address: str) -> None:
+    def __init__(self, host: Place, address: str) -> None:
         with host.entered():
             self._socket = socket.socket(_family(address), socket.SOCK_DGRAM)
         self._socket.bind((address, 9))
