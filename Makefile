@@ -18,7 +18,7 @@ SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd
 RPM_FOR ?= el9 el10 fc43
 
 .PHONY: help venv demo test test-faults test-system test-docker fuzz soak bench manual pictures deb rpm
-.PHONY: clean packages
+.PHONY: clean packages test-others
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -80,6 +80,10 @@ test-system: packages venv  ## the packages on a booted systemd, Debian 12 and 1
 test-docker: PACKAGES += mmdebstrap zstd
 test-docker: packages venv  ## beside real Docker of Debian 12, 13 and the next; needs root
 	@$(BIN)/python -m pytest tests/docker
+
+test-others: PACKAGES += $(SYSTEM)
+test-others: packages venv  ## beside podman, CNI plugins, firewalld and kube-proxy's rules; needs root
+	@$(BIN)/python -m pytest tests/others
 
 $(BIN)/.fuzz: $(BIN)/.complete
 	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[fuzz]'
