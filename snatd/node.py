@@ -14,6 +14,7 @@ from snatd.host.flannel import read_lease
 from snatd.host.memory import MemoryFile
 from snatd.kernel.backends import all_tables, iptables_is
 from snatd.kernel.lock import XtablesLock
+from snatd.kernel.snapshot import has_ipv6, read_links
 from snatd.kernel.tools import Tools
 from snatd.reconcile import Edges
 
@@ -35,9 +36,6 @@ def open_edges(
     lock = XtablesLock()
 
     def read_node(deadline: Deadline) -> NodeState:
-        # Imported here: it costs 0.1 s, and a configuration error should not wait for that.
-        from snatd.kernel.links import has_ipv6, read_links
-
         lease = read_lease(config.subnet_file)
         leased = lease.families if isinstance(lease, Lease) else ()
         links, routes = read_links([family for family, _ in leased])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from snatd.core.model import Backend, Family
 from snatd.kernel import origin, peek
+from snatd.kernel.messages import attribute, attribute_of, messages
 
 _NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
@@ -71,21 +72,17 @@ def who_wrote(
     return tuple(writer for writer, wrote in writers.items() if (family, backend) in wrote)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value
-
-
 # Plain substrings: searching for these four costs a quarter of one regular expression. A chance
 # hit inside of some other message is a needless look, no more.
 _RELEVANT = (
     # A rule of nat POSTROUTING (NFTA_RULE_TABLE, NFTA_RULE_CHAIN).
-    _attribute(1, b"nat\0") + _attribute(2, b"POSTROUTING\0"),
+    attribute(1, b"nat\0") + attribute(2, b"POSTROUTING\0"),
     # A rule of a chain of ours.
     b"\x02\0SNATD-",
     # Anything in our own table.
-    _attribute(1, b"snatd\0"),
+    attribute(1, b"snatd\0"),
     # A chain of anybody's on a nat hook (NFTA_CHAIN_TYPE).
-    _attribute(7, b"nat\0"),
+    attribute(7, b"nat\0"),
 )
 _HEADER_REST = rb".{2}.{8}.\x00.{2}"  # nlmsg flags, seq, port; nfgenmsg family, version, res_id
 # NFT_MSG_DELTABLE, then NFTA_TABLE_NAME: the removal of any table.
@@ -165,15 +162,15 @@ def _writer(pid: int, local_pid: int, comm: bytes) -> Writer:
 
 def _written(datagram: bytes) -> Iterator[tuple[Family, Backend]]:
     """Where its messages change rules that a repair may be about."""
-    for kind, body in _messages(datagram):
+    for kind, body in messages(datagram):
         if kind >> 8 != _NFNL_SUBSYS_NFTABLES or len(body) < 4 or body[0] not in _FAMILIES:
             continue
         attributes = body[4:]
-        table = _attribute_of(attributes, _NFTA_RULE_TABLE)
+        table = attribute_of(attributes, _NFTA_RULE_TABLE)
         if table == b"snatd\0":
             yield _FAMILIES[body[0]], Backend.GUARD
         elif table == b"nat\0" and kind & 0xFF in (_NEWRULE, _DELRULE):
-            chain = _attribute_of(attributes, _NFTA_RULE_CHAIN)
+            chain = attribute_of(attributes, _NFTA_RULE_CHAIN)
             if chain == b"POSTROUTING\0" or chain.startswith(b"SNATD-"):
                 yield _FAMILIES[body[0]], Backend.NFT
 
@@ -183,7 +180,6 @@ def _is_relevant(datagram: bytes) -> bool:
     return found or _TABLE_REMOVAL.search(datagram) is not None
 
 
-_HEADER = struct.Struct("=IHHII")
 _RTM_DELLINK = 17
 _RTM_LINK, _RTM_ADDRESS, _RTM_ROUTE = (16, 17), (20, 21), (24, 25)
 _MAIN_TABLE, _UNICAST, _SCOPE_LINK = 254, 1, 253
@@ -214,7 +210,7 @@ class LinkEar:
         for datagram in _datagrams(self._socket):
             if datagram is None:
                 yield Event(self.source, overflow=True)
-            elif any(self._concerns(kind, body) for kind, body in _messages(datagram)):
+            elif any(self._concerns(kind, body) for kind, body in messages(datagram)):
                 yield Event(self.source)
 
     def _concerns(self, kind: int, body: bytes) -> bool:
@@ -222,7 +218,7 @@ class LinkEar:
             return False
         if kind in _RTM_LINK:
             name = self.bridges.get(struct.unpack_from("=i", body, 4)[0])
-            renamed = _attribute_of(body[16:], _IFLA_IFNAME) != (name or b"") + b"\0"
+            renamed = attribute_of(body[16:], _IFLA_IFNAME) != (name or b"") + b"\0"
             return name is not None and (kind == _RTM_DELLINK or renamed)
         if kind in _RTM_ADDRESS:
             return not (body[0] == socket.AF_INET6 and body[3] == _SCOPE_LINK)
@@ -234,29 +230,8 @@ class LinkEar:
 
 def _is_link_local(attributes: bytes) -> bool:
     """fe80::/10 and ff00::/8: one such route comes and goes with every veth."""
-    destination = _attribute_of(attributes, _RTA_DST)
+    destination = attribute_of(attributes, _RTA_DST)
     return len(destination) == 16 and destination.startswith((b"\xff", b"\xfe\x80"))
-
-
-def _attribute_of(attributes: bytes, wanted: int) -> bytes:
-    """The value of one attribute; empty where there is none."""
-    position = 0
-    while position + 4 <= len(attributes):
-        length, kind = struct.unpack_from("=HH", attributes, position)
-        if kind == wanted:
-            return attributes[position + 4 : position + length]
-        position += max(4, (length + 3) & ~3)
-    return b""
-
-
-def _messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position + _HEADER.size <= len(datagram):
-        length, kind, _, _, _ = _HEADER.unpack_from(datagram, position)
-        if length < _HEADER.size:
-            return
-        yield kind, datagram[position + _HEADER.size : position + length]
-        position += (length + 3) & ~3
 
 
 def _listen(protocol: int, groups: tuple[int, ...]) -> socket.socket:

@@ -13,6 +13,7 @@ from snatd.core.errors import BackendFailed, RuleError
 from snatd.core.guard import TABLE, guard_script, parse_guard
 from snatd.core.model import Backend, Family, Rule, Ruleset
 from snatd.core.plan import Transaction
+from snatd.kernel.snapshot import has_table
 from snatd.kernel.tools import Tools
 
 # 3 ms whatever else is there. A hanging nft shall leave the other backends their part of a pass.
@@ -30,6 +31,8 @@ class GuardTable:
 
     def read(self, deadline: Deadline, *, thorough: bool = False) -> Ruleset:  # noqa: ARG002
         """Empty where the table does not exist. Creates nothing."""
+        if not has_table(self.family, TABLE):
+            return Ruleset(self.family, self.backend)
         argv = ["nft", "-j", "list", "table", _TABLES[self.family], TABLE]
         try:
             output = self._tools.run(argv, _sooner(deadline))

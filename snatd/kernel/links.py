@@ -1,4 +1,5 @@
-"""What the node's network looks like: devices, addresses, routes. By pyroute2, read only.
+"""What the node's network looks like beyond what every pass asks (`snapshot`): paths, neighbours,
+tunnels, rules, all about devices. By pyroute2, read only.
 
 A socket is opened for each look and closed after it: in pyroute2 0.9 a lasting, subscribed one
 raises ENOBUFS for ever after one overflow, so the ears are raw sockets (`events`) and this, the
@@ -9,15 +10,14 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from snatd.core.errors import BackendBusy, BackendFailed
 from snatd.core.masquerade import DeviceAddress
-from snatd.core.model import Address, DirectRoute, Family, Interface, Link, Network
+from snatd.core.model import Address, Family, Network
 from snatd.core.proof import Route
 from snatd.core.surroundings import (
     UNICAST,
@@ -38,7 +38,6 @@ _NOBODY = (0x01, 0x20)
 # linux/if_addr.h. The first is called secondary in IPv4, temporary in IPv6.
 _SECONDARY, _OPTIMISTIC, _DAD_FAILED, _DEPRECATED, _TENTATIVE = 0x01, 0x04, 0x08, 0x20, 0x40
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
-_NO_IPV6 = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 
 
 @contextmanager
@@ -52,38 +51,10 @@ def _netlink() -> Iterator[IPRoute]:
         raise BackendBusy(f"netlink: {error.strerror or error}") from None
 
 
-def read_links(
-    families: Collection[Family],
-) -> tuple[tuple[Link, ...], tuple[DirectRoute, ...]]:
-    """Devices with their addresses by index, and the direct routes of the main table in some
-    families. About 3 ms for one.
-
-    Raises BackendBusy where no socket can be had or the dump does not come, BackendFailed where
-    the kernel refuses.
-    """
-    with _netlink() as netlink:
-        names = dict(socket.if_nameindex())
-        addresses: dict[int, list[Interface]] = {}
-        for message in netlink.get_addr():
-            # On a point-to-point link IFA_ADDRESS is the peer's; IFA_LOCAL is ours.
-            address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-            if address is not None:
-                interface = ipaddress.ip_interface(f"{address}/{message['prefixlen']}")
-                addresses.setdefault(message["index"], []).append(interface)
-        routes = tuple(
-            route
-            for family in families
-            for route in _direct_routes(netlink, _DOMAINS[family], names)
-        )
-    links = tuple(
-        Link(index, name, tuple(addresses.get(index, ()))) for index, name in sorted(names.items())
-    )
-    return links, routes
-
-
 def read_paths(family: Family) -> tuple[tuple[Route, ...], frozenset[Address]]:
     """The unicast routes of a family's main table with a destination, and who was met by its
-    neighbour table. Raises as `read_links` does."""
+    neighbour table. Raises BackendBusy where no socket can be had or the
+    dump does not come, BackendFailed where the kernel refuses."""
     with _netlink() as netlink:
         names = dict(socket.if_nameindex())
         routes = tuple(_routes(netlink, _DOMAINS[family], names))
@@ -155,7 +126,7 @@ def read_sources(
     family: Family,
 ) -> tuple[tuple[DeviceAddress, ...], tuple[Network, ...], tuple[Network, ...]]:
     """What MASQUERADE chooses from, in the kernel's order; and the local table: what is local,
-    what is broadcast. Raises as read_links does."""
+    what is broadcast. Raises as read_paths does."""
     carried: list[DeviceAddress] = []
     types: dict[int, list[Network]] = {_LOCAL: [], _BROADCAST: []}
     with _netlink() as netlink:
@@ -203,7 +174,7 @@ _RULES_OF_THE_KERNEL = ((0, 255), (32766, 254), (32767, 253))
 
 def read_devices() -> tuple[Device, ...]:
     """All devices; what only the other end of a veth knows is asked of its namespace, 0.5 ms each.
-    Raises as read_links does."""
+    Raises as read_paths does."""
     with _netlink() as netlink:
         links = list(netlink.get_links())
         names = {one["index"]: str(one.get_attr("IFLA_IFNAME")) for one in links}
@@ -253,7 +224,7 @@ def _vxlan(data: Any, names: dict[int, str]) -> Vxlan:
 
 
 def read_surroundings(family: Family, devices: tuple[Device, ...]) -> Surroundings:
-    """What there is of a family besides. Raises as read_links does."""
+    """What there is of a family besides. Raises as read_paths does."""
     domain = _DOMAINS[family]
     with _netlink() as netlink:
         names = dict(socket.if_nameindex())
@@ -333,28 +304,3 @@ def _rules(netlink: IPRoute, domain: int) -> Iterator[str]:
             words += ["fwmark", f"{mark:#x}"]
         words += ["lookup", str(table)] if table else [_ROUTE_TYPES.get(one["action"], "")]
         yield " ".join(words)
-
-
-def _direct_routes(netlink: IPRoute, family: int, names: dict[int, str]) -> Iterator[DirectRoute]:
-    for message in netlink.get_routes(family=family, table=_MAIN_TABLE):
-        destination = message.get_attr("RTA_DST")
-        device = names.get(message.get_attr("RTA_OIF"))
-        if (
-            destination is None
-            or device is None
-            or message["type"] != _UNICAST
-            or message.get_attr("RTA_GATEWAY")
-            or message.get_attr("RTA_VIA")
-        ):
-            continue
-        network = ipaddress.ip_network(f"{destination}/{message['dst_len']}")
-        if not network.is_link_local and not network.is_multicast:
-            yield DirectRoute(network, device)
-
-
-def has_ipv6() -> bool:
-    """False where the kernel was started with ipv6.disable=1 or the sysctl switches it off."""
-    try:
-        return _NO_IPV6.read_text().strip() == "0"
-    except OSError:
-        return False

@@ -16,6 +16,7 @@ from snatd.core.errors import BackendFailed
 from snatd.core.model import POSTROUTING, Backend, Family, Ruleset
 from snatd.core.plan import ChainEdit, Transaction
 from snatd.kernel.listing import is_as_read, read_ruleset
+from snatd.kernel.snapshot import has_table
 from snatd.kernel.tools import Tools
 
 
@@ -29,12 +30,13 @@ class NftTables:
         self._tools = tools
 
     def read(self, deadline: Deadline, *, thorough: bool = False) -> Ruleset:
-        """Creates nothing. About 2 ms a chain, whatever the size of the table.
+        """Creates nothing. About 2 ms a chain, whatever the size of the table; 0.05 ms where there
+        is no table.
 
         A native rule in the table makes iptables-nft print nothing ("incompatible"): BackendFailed,
         and the caller goes on.
         """
-        if self._is_legacy_node():
+        if not has_table(self.family, "nat") or self._is_legacy_node():
             return Ruleset(self.family, self.backend)
         return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
 

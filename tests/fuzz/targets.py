@@ -43,9 +43,9 @@ from snatd.core.saved import bring_in_line, dynamic_chains, put_back, without_dy
 from snatd.core.trace import before_guard, cluster_packets, rewriters
 from snatd.host.flannel import parse_lease, read_lease
 from snatd.host.memory import MemoryDamaged, MemoryFile
-from snatd.kernel.events import _messages
 from snatd.kernel.guard import GuardTable
 from snatd.kernel.hooks import read_hooks
+from snatd.kernel.messages import messages
 from snatd.kernel.nft import NftTables, restore_script
 from snatd.kernel.tools import Tools
 from tests.fakes import (
@@ -357,7 +357,7 @@ def netlink(data: bytes) -> None:
                 assert ear._pending is not None or events, "missed"
             for event in events:
                 assert event.writer is None or str(event.writer).isprintable()
-        for kind, body in _messages(datagram):
+        for kind, body in messages(datagram):
             links._concerns(kind, body)
 
 

@@ -18,7 +18,7 @@ from snatd.core.flows import FlowKey
 from snatd.core.model import Family, NodeState, Policy
 from snatd.host.flannel import read_lease
 from snatd.kernel.conntrack import SHOWN, Entries, Sweep, Tally
-from snatd.kernel.links import read_links
+from snatd.kernel.snapshot import read_links
 from snatd.kernel.tools import Tools
 from tests.kernel.test_packets import add, applied
 from tests.lab.netns import Namespace, until

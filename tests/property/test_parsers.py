@@ -27,7 +27,8 @@ from snatd.core.rules import (
 )
 from snatd.host.flannel import parse_lease
 from snatd.host.memory import MemoryDamaged, MemoryFile
-from snatd.kernel.events import _GENERATION, _is_link_local, _is_relevant, _messages, _printable
+from snatd.kernel.events import _GENERATION, _is_link_local, _is_relevant, _printable
+from snatd.kernel.messages import messages
 from tests.fakes import BROAD, JUMP, OURS, networks
 from tests.property.chains import FOREIGN, counters
 
@@ -194,7 +195,7 @@ def test_a_datagram(datagram: bytes) -> None:
     _is_relevant(datagram)
     _is_link_local(datagram)
     _GENERATION.search(datagram)
-    assert sum(len(body) for _, body in _messages(datagram)) <= len(datagram)
+    assert sum(len(body) for _, body in messages(datagram)) <= len(datagram)
     assert _printable(datagram).isprintable()
 
 

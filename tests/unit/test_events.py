@@ -17,10 +17,10 @@ from snatd.kernel.events import (
     Writer,
     _is_link_local,
     _is_relevant,
-    _messages,
     _printable,
     who_wrote,
 )
+from snatd.kernel.messages import messages
 from tests.fakes import NFT, V4, V6
 
 NEW_TABLE, DEL_TABLE, NEW_CHAIN, NEW_RULE, DEL_RULE, NEW_SET, NEW_GENERATION = 0, 2, 3, 6, 8, 9, 15
@@ -365,7 +365,7 @@ def test_what_concerns_nothing(kind: int, body: bytes) -> None:
 
 def test_a_datagram_is_taken_apart() -> None:
     datagram = message(LINK_NEW, link_body(3)) + message(ADDRESS_NEW, address_body(INET, 0))
-    assert list(_messages(datagram)) == [
+    assert list(messages(datagram)) == [
         (LINK_NEW, link_body(3)),
         (ADDRESS_NEW, address_body(INET, 0)),
     ]
@@ -373,17 +373,17 @@ def test_a_datagram_is_taken_apart() -> None:
 
 def test_messages_are_padded_to_four() -> None:
     odd = message(1, b"abcde")
-    assert list(_messages(odd + bytes(3) + message(2, b""))) == [(1, b"abcde"), (2, b"")]
+    assert list(messages(odd + bytes(3) + message(2, b""))) == [(1, b"abcde"), (2, b"")]
 
 
 @pytest.mark.parametrize("length", [0, 1, 15])
 def test_a_message_shorter_than_its_head_ends_the_datagram(length: int) -> None:
-    assert list(_messages(struct.pack("=IHHII", length, 1, 0, 0, 0) * 3)) == []
+    assert list(messages(struct.pack("=IHHII", length, 1, 0, 0, 0) * 3)) == []
 
 
 def test_a_message_cut_off_ends_the_datagram() -> None:
-    assert list(_messages(message(1, b"abcd")[:18])) == [(1, b"ab")]
-    assert list(_messages(b"\x10\0\0")) == []
+    assert list(messages(message(1, b"abcd")[:18])) == [(1, b"ab")]
+    assert list(messages(b"\x10\0\0")) == []
 
 
 @pytest.mark.parametrize(
