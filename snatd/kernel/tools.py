@@ -153,9 +153,23 @@ def _talk(child: subprocess.Popen[bytes], stdin: bytes, limit_s: float) -> tuple
                 if not unsaid and child.stdin is not None:
                     pipes.unregister(child.stdin)
                     child.stdin.close()
+    _hear_of_end(child, max(0.0, end_s - time.monotonic()))
     child.wait(max(0.0, end_s - time.monotonic()))
     out, err = said.values()
     return bytes(out), bytes(err)
+
+
+def _hear_of_end(child: subprocess.Popen[bytes], limit_s: float) -> None:
+    """Before 3.15 Popen.wait looks every 0.5 ms and longer whether it has come: 0.7 ms lost with
+    each tool. A pidfd tells at once."""
+    with suppress(OSError):  # no descriptor left: then as Python does it
+        descriptor = os.pidfd_open(child.pid)
+        try:
+            end = select.poll()
+            end.register(descriptor, select.POLLIN)
+            end.poll(limit_s * 1000)
+        finally:
+            os.close(descriptor)
 
 
 def _read_some(descriptor: int, into: bytearray) -> bool:
