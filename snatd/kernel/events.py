@@ -25,7 +25,9 @@ _ROUTE_GROUPS = (1, 5, 7, 9, 11)  # LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, 
 _SO_RCVBUFFORCE = 33
 # A restore of 5000 rules overflows the default of 212 kB and fits into this.
 _RECEIVE_BUFFER_BYTES = 16 * 1024 * 1024
-_DATAGRAM_BYTES = 256 * 1024
+# The kernel puts at most some 8 KiB into one. malloc() maps and unmaps a buffer of 128 KiB and more
+# each time, which takes longer than the call.
+_DATAGRAM_BYTES = 64 * 1024
 # So that a storm leaves the loop time for its other duties; what is left is still readable.
 _DATAGRAMS_A_TURN = 2000
 
@@ -85,11 +87,14 @@ _RELEVANT = (
     attribute(7, b"nat\0"),
 )
 _HEADER_REST = rb".{2}.{8}.\x00.{2}"  # nlmsg flags, seq, port; nfgenmsg family, version, res_id
+# The types of the two messages below. They are looked for first, since a storm has thousands of
+# datagrams without, and a search for two bytes costs half of one for a regular expression.
+_DELTABLE, _NEWGEN = b"\x02\x0a", b"\x0f\x0a"
 # NFT_MSG_DELTABLE, then NFTA_TABLE_NAME: the removal of any table.
-_TABLE_REMOVAL = re.compile(rb"\x02\x0a" + _HEADER_REST + rb".\x00\x01\x00", re.DOTALL)
+_TABLE_REMOVAL = re.compile(_DELTABLE + _HEADER_REST + rb".\x00\x01\x00", re.DOTALL)
 # NFT_MSG_NEWGEN closes each commit: NFTA_GEN_ID, NFTA_GEN_PROC_PID, NFTA_GEN_PROC_NAME.
 _GENERATION = re.compile(
-    rb"\x0f\x0a" + _HEADER_REST + rb"\x08\x00\x01\x00.{4}\x08\x00\x02\x00(.{4})"
+    _NEWGEN + _HEADER_REST + rb"\x08\x00\x01\x00.{4}\x08\x00\x02\x00(.{4})"
     rb".{2}\x03\x00([^\x00]*)\x00",
     re.DOTALL,
 )
@@ -137,7 +142,7 @@ class NftEar:
     def _heard(self, datagram: bytes) -> Iterator[Event]:
         if _is_relevant(datagram):
             self._pending = (self._pending or frozenset()).union(_written(datagram))
-        generation = _GENERATION.search(datagram)
+        generation = _GENERATION.search(datagram) if _NEWGEN in datagram else None
         if generation is None:
             return
         wrote, self._pending = self._pending, None
@@ -176,8 +181,9 @@ def _written(datagram: bytes) -> Iterator[tuple[Family, Backend]]:
 
 
 def _is_relevant(datagram: bytes) -> bool:
-    found = any(pattern in datagram for pattern in _RELEVANT)
-    return found or _TABLE_REMOVAL.search(datagram) is not None
+    if any(pattern in datagram for pattern in _RELEVANT):
+        return True
+    return _DELTABLE in datagram and _TABLE_REMOVAL.search(datagram) is not None
 
 
 _RTM_DELLINK = 17
