@@ -71,6 +71,9 @@ def _failed(options: argparse.Namespace, messages: Sequence[str], status_code: i
 
 
 def _run(options: argparse.Namespace) -> int:
+    from snatd.lean import leave_out
+
+    leave_out()
     from snatd.daemon import Daemon
     from snatd.host import journal
     from snatd.kernel.privilege import drop_capabilities

@@ -7,7 +7,6 @@ how a backend writes.
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -223,6 +222,9 @@ def chain_name(target: Target) -> str:
     """The chain of ours that ends in a target. The plain one has the plain name."""
     if target == MASQUERADE:
         return f"{OWN_CHAIN_PREFIX}{POSTROUTING}"
+    # Few nodes have one, and this loads OpenSSL: 3.5 MB.
+    import hashlib
+
     # A second target (SNAT to a host address, say) needs a chain of its own, found again by what
     # it does and not by what we remember. 28 characters are the kernel's limit; this has 19.
     digest = hashlib.sha256(str(target).encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -6,10 +6,10 @@ datagrams are sent from here and not by python-systemd, whose send waits for a s
 
 from __future__ import annotations
 
-import hashlib
 import os
 import select
 import socket
+from _blake2 import blake2b  # hashlib has the same, and loads OpenSSL: 3.5 MB
 from collections import Counter
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -136,7 +136,7 @@ def _native(_: Any, __: str, event: Event) -> str:
 def message_id(event: str) -> str:
     """The journal's name for a kind of event: `journalctl -x` finds its text by it. It follows from
     the event's name, so it is the same in every version; systemd/snatd.catalog holds them all."""
-    return hashlib.blake2b(f"snatd {event}".encode(), digest_size=16).hexdigest()
+    return blake2b(f"snatd {event}".encode(), digest_size=16).hexdigest()
 
 
 def _sentence(event: Event) -> str:
