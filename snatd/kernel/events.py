@@ -87,17 +87,20 @@ _RELEVANT = (
     attribute(7, b"nat\0"),
 )
 _HEADER_REST = rb".{2}.{8}.\x00.{2}"  # nlmsg flags, seq, port; nfgenmsg family, version, res_id
-# The types of the two messages below. They are looked for first, since a storm has thousands of
-# datagrams without, and a search for two bytes costs half of one for a regular expression.
-_DELTABLE, _NEWGEN = b"\x02\x0a", b"\x0f\x0a"
+# A storm has thousands of datagrams without it, and a search for two bytes costs half of one for a
+# regular expression.
+_DELTABLE = b"\x02\x0a"
 # NFT_MSG_DELTABLE, then NFTA_TABLE_NAME: the removal of any table.
 _TABLE_REMOVAL = re.compile(_DELTABLE + _HEADER_REST + rb".\x00\x01\x00", re.DOTALL)
 # NFT_MSG_NEWGEN closes each commit: NFTA_GEN_ID, NFTA_GEN_PROC_PID, NFTA_GEN_PROC_NAME.
 _GENERATION = re.compile(
-    _NEWGEN + _HEADER_REST + rb"\x08\x00\x01\x00.{4}\x08\x00\x02\x00(.{4})"
+    rb"\x0f\x0a" + _HEADER_REST + rb"\x08\x00\x01\x00.{4}\x08\x00\x02\x00(.{4})"
     rb".{2}\x03\x00([^\x00]*)\x00",
     re.DOTALL,
 )
+# It is the last message of its datagram, mostly the only one, and has 60 bytes with the longest
+# name: only that end is searched.
+_GENERATION_BYTES = 128
 
 
 _NFNL_SUBSYS_NFTABLES = 10
@@ -142,7 +145,7 @@ class NftEar:
     def _heard(self, datagram: bytes) -> Iterator[Event]:
         if _is_relevant(datagram):
             self._pending = (self._pending or frozenset()).union(_written(datagram))
-        generation = _GENERATION.search(datagram) if _NEWGEN in datagram else None
+        generation = _GENERATION.search(datagram, max(0, len(datagram) - _GENERATION_BYTES))
         if generation is None:
             return
         wrote, self._pending = self._pending, None
