@@ -62,7 +62,11 @@ class Flow:
         Not `id` alone: the next connection of the same tuple may be put where the last one was, and
         then has its id (seen on 6.18), but perhaps another source.
         """
-        return self.id ^ int(self.seen_as) % 0xFFFFFFFB
+        return _identity(self.id, self.seen_as)
+
+
+def _identity(entry_id: int, seen_as: Address) -> int:
+    return entry_id ^ int(seen_as) % 0xFFFFFFFB
 
 
 class Verdict(enum.Enum):
@@ -156,6 +160,44 @@ def verdict(flow: Flow, desired: Desired, marks: int) -> Verdict:
     if flow.mark & marks or flow.zoned:
         return Verdict.FOREIGN
     return Verdict.KEPT if flow.seen_as == key.source else Verdict.WRONG
+
+
+# Answers come from whom it called, to who called, and neither a mark nor a zone was given. Ports
+# above 64999 are left to `parse_flow`, which knows where they end.
+_PORT = r"(0|[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3})"
+_KEPT = re.compile(
+    r"(?:tcp +6|udp +17) (?:0|[1-9]\d{0,8}) (?:[A-Z][A-Z0-9_]* )?"
+    rf"src=([0-9a-f.:]+) dst=([0-9a-f.:]+) sport={_PORT} dport={_PORT} (?:\[UNREPLIED\] )?"
+    r"src=\2 dst=\1 sport=\4 dport=\3 (?:\[[A-Z_]+\] )*(?:mark=0 )?use=\d+ "
+    r"id=(0|[1-9]\d{0,9})"
+)
+
+
+class Kept:
+    """Tells most of the connections that kept their source by their line alone, in 2 us where
+    `parse_flow` and `verdict` take 8: a table of 260,000 has to be read without being in the way.
+    """
+
+    def __init__(self, desired: Desired) -> None:
+        @lru_cache(maxsize=4096)
+        def concerns_us(source: str, destination: str) -> bool:
+            return _address(source) in desired.subnet and concerns(_address(destination), desired)
+
+        self._concerns_us = concerns_us
+
+    def identity(self, line: str) -> int | None:
+        """The identity of a flow that is certainly KEPT. None says nothing: it has to be parsed."""
+        match = _KEPT.fullmatch(line)
+        if match is None:
+            return None
+        source, destination, _, _, own_id = match.groups()
+        try:
+            if not self._concerns_us(source, destination):
+                return None
+        except ValueError:
+            return None
+        entry_id = int(own_id)
+        return _identity(entry_id, _address(source)) if entry_id < 1 << 32 else None
 
 
 def to_delete(flow: Flow, policy: str) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
-from snatd.core.flows import Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
+from snatd.core.flows import Flow, FlowKey, Ids, Kept, Verdict, parse_flow, to_delete, verdict
 from snatd.core.model import Address, Family
 from snatd.core.routes import Peer, best, peer
 from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple, NFCTSocket
@@ -87,6 +87,7 @@ class Sweep:
         self.ends_s = time.monotonic() + limit_s
         self._desired, self._marks, self._policy = desired, marks, policy
         self._before = before
+        self._sure = Kept(desired)
         self._ids = Ids() if census else None
         self._wrong = self._changed = self._deleted = self._kept = 0
         self._flows: list[Flow] = []
@@ -142,15 +143,22 @@ class Sweep:
             return
         lines, self._rest = _whole_lines(self._rest + chunk)
         for line in lines:
-            self._judge(parse_flow(line.decode("ascii", "backslashreplace")))
+            text = line.decode("ascii", "backslashreplace")
+            if (identity := self._sure.identity(text)) is not None:
+                self._kept += self._is_new(identity)
+            else:
+                self._judge(parse_flow(text))
+
+    def _is_new(self, identity: int) -> bool:
+        if self._ids is not None:
+            self._ids.add(identity)
+        return self._before is None or identity not in self._before
 
     def _judge(self, flow: Flow) -> None:
         found = verdict(flow, self._desired, self._marks)
         if found is Verdict.FOREIGN:
             return
-        if self._ids is not None:
-            self._ids.add(flow.identity)
-        new = self._before is None or flow.identity not in self._before
+        new = self._is_new(flow.identity)
         if found is Verdict.KEPT:
             self._kept += new
             return
