@@ -95,8 +95,8 @@ fuzz: venv $(BIN)/.fuzz  ## every parser, led by coverage; FUZZ_S seconds each (
 soak: venv  ## three rivals at once; SOAK_MUTATIONS (default 100,000; with SOAK=1 a million); needs root
 	@$(BIN)/python -m pytest -s tests/soak
 
-bench: $(BIN)/.complete  ## measure, and print a table
-	@$(BIN)/python -m tests.bench
+bench: $(BIN)/.complete  ## measure, and print a table (BENCH="--quick", "--json FILE", "--compare FILE")
+	@$(BIN)/python -m tests.bench $(BENCH)
 
 manual: venv  ## bring the lists in the man pages up to date with the README and the code
 	@$(BIN)/python -m docs.manual

@@ -1,15 +1,23 @@
-"""One command on a host of the lab with nothing before it, timed from both sides."""
+"""One command on a host of the lab with nothing before it, timed from both sides; and the floors:
+the least work that could do what snatd does."""
 
 from __future__ import annotations
 
+import fcntl
+import socket
+import struct
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.bench.figures import Figure
 from tests.lab.netns import Namespace
 from tests.lab.network import Node
 
 NO_LOCK = "/dev/null"
+_SIOCSIFMTU = 0x8922
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,14 @@ def insert_broad(node: Node, lock: str | None = None) -> Span:
     return run(node.host, "iptables", *words, lock=lock)
 
 
+def flush_and_add_broad(node: Node) -> Span:
+    """What a firewall's reload does: everybody's rule is gone, and Docker's is back."""
+    script = f"*nat\n-F POSTROUTING\n-A POSTROUTING {' '.join(node.broad_rule)}\nCOMMIT\n"
+    return run(node.host, "iptables-restore", "--noflush", stdin=script)
+
+
 def only_broad(node: Node) -> None:
-    """The state of a node that snatd has never seen."""
+    """The state of a node that snatd has never seen, as far as POSTROUTING goes."""
     run(node.host, "iptables", "-w", "-t", "nat", "-F", "POSTROUTING")
     insert_broad(node)
 
@@ -63,8 +77,49 @@ def nft_floor_ms(node: Node) -> float:
 
 
 def legacy_floor_ms(node: Node) -> float:
-    """The least on legacy by the node's tools: a deletion and an insertion."""
+    """What one change of a table of this size costs the iptables command. It is undone untimed."""
     words = ("iptables-legacy", "-w", "-t", "nat")
     deleted = run(node.host, *words, "-D", "POSTROUTING", *node.broad_rule)
-    inserted = run(node.host, *words, "-I", "POSTROUTING", "1", *node.broad_rule)
-    return deleted.took_ms + inserted.took_ms
+    run(node.host, *words, "-I", "POSTROUTING", "1", *node.broad_rule)
+    return deleted.took_ms
+
+
+_LISTENER = """
+import socket, time
+ear = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+ear.bind((0, 1))  # RTNLGRP_LINK
+print("listening", flush=True)
+while True:
+    ear.recv(65536)
+    print(time.monotonic(), flush=True)
+"""
+
+
+def wake_ups(host: Namespace, count: int) -> Figure:
+    """From before a system call that makes the kernel tell of a change, to a waiting process that
+    has heard of it."""
+    host.shell("ip link add wake0 type veth peer name wake1")
+    listener = host.popen(sys.executable, "-c", _LISTENER, stdout=subprocess.PIPE)
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == b"listening\n"
+    change = _mtu_changer(host, "wake0")
+    took_ms = []
+    for number in range(count):
+        time.sleep(0.01)
+        before_s = time.monotonic()
+        change(1400 + number % 2)
+        took_ms.append((float(listener.stdout.readline()) - before_s) * 1000)
+    listener.kill()
+    listener.wait()
+    host.shell("ip link del wake0")
+    return Figure("floor: bare event to process wake-up", "ms", tuple(took_ms))
+
+
+def _mtu_changer(host: Namespace, device: str) -> Callable[[int], None]:
+    with host.entered():
+        control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def change(mtu: int) -> None:
+        fcntl.ioctl(control, _SIOCSIFMTU, struct.pack("16si12x", device.encode(), mtu))
+
+    return change

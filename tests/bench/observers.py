@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from tests.lab.netns import Namespace
@@ -43,24 +44,36 @@ class Observer(Protocol):
     def close(self) -> None: ...
 
 
-class NftObserver:
-    """Hears the commit of an `iptables-nft-restore`; on a node only snatd's repair runs one."""
+@contextmanager
+def suppress_overflow() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:
+            raise
 
-    def __init__(self, host: Namespace) -> None:
+
+class NftObserver:
+    """Hears the commit of a program of some name. On a node only snatd's repair runs an
+    `iptables-nft-restore`."""
+
+    def __init__(self, host: Namespace, program: bytes = _RESTORE) -> None:
+        self._program = program
         with host.entered():
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
 
     def arm(self) -> None:
-        """Forgets what was heard before."""
+        """Forgets what was heard before, and what was too much to be heard."""
         self._socket.setblocking(False)
         with suppress(BlockingIOError):
             while True:
-                self._socket.recv(_DATAGRAM_BYTES)
+                with suppress_overflow():
+                    self._socket.recv(_DATAGRAM_BYTES)
 
     def repaired_s(self) -> float:
         self._socket.settimeout(_LIMIT_S)
-        while not any(name == _RESTORE for name in _writers(self._socket.recv(_DATAGRAM_BYTES))):
+        while self._program not in _writers(self._socket.recv(_DATAGRAM_BYTES)):
             pass
         return time.monotonic()
 
@@ -123,6 +136,24 @@ class LegacyObserver:
         if _libc.getsockopt(*number, buffer, ctypes.byref(length)) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return int(_INFO.unpack(buffer.raw)[-2])
+
+
+class GuardObserver:
+    """Hears the first commit that has to do with a table `snatd`."""
+
+    def __init__(self, host: Namespace) -> None:
+        with host.entered():
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
+        self._socket.settimeout(_LIMIT_S)
+
+    def guarded_s(self) -> float:
+        while b"snatd\0" not in self._socket.recv(_DATAGRAM_BYTES):
+            pass
+        return time.monotonic()
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 def on(host: Namespace, backend: str) -> Observer:
