@@ -12,6 +12,7 @@ from snatd.core.desired import Desired, desired
 from snatd.core.errors import BackendError
 from snatd.core.flows import Flow
 from snatd.core.model import Family, Hold, NodeState, count
+from snatd.kernel.conntrack import Sweep
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
 from snatd.reconcile import look
@@ -38,9 +39,6 @@ def read_leased(
 def flows(settings: Config, delete: str | None = None) -> Answer:
     """Lists the wrong flows, or deletes those of a policy (`udp`, `all`). Blocks up to 20 s a
     family; raises BackendError where the node cannot be read."""
-    # Imported here: pyroute2 costs 0.1 s, and a configuration error should not wait for that.
-    from snatd.kernel.conntrack import Sweep
-
     tools = Tools()
     _, leased, waiting = read_leased(settings, tools, _LIMIT_S)
     policy, marks = delete or "report", settings.marks

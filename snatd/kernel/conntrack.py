@@ -18,15 +18,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
 from snatd.core.flows import Flow, FlowKey, Ids, Kept, Verdict, parse_flow, to_delete, verdict
 from snatd.core.model import Address, Family
-from snatd.core.routes import Peer, best, peer
-from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple, NFCTSocket
 from snatd.kernel.tools import Tools, check_exit
+
+if TYPE_CHECKING:
+    from snatd.core.routes import Peer
 
 _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _NO_ENTRY = 2
@@ -216,6 +217,8 @@ def read_peers(desired: Desired, tools: Tools, limit_s: float) -> tuple[tuple[Pe
     """With whom containers have connections, from the subnet into the networks and from anywhere to
     the subnet; and whether these are all, since it reads for the limit at most. Raises as Sweep
     does."""
+    from snatd.core.routes import best, peer
+
     found: dict[Address, Peer] = {}
     ends_s = time.monotonic() + limit_s
     to_us = ["conntrack", "-L", "-f", desired.family.value, "-d", str(desired.subnet), "-o", "id"]
@@ -275,6 +278,9 @@ class Entries:
 
     def __init__(self, family: Family) -> None:
         """Raises BackendBusy where no socket can be had."""
+        # A list needs no pyroute2, whose import takes longer than to list 10,000 entries.
+        from snatd.kernel.netlink import NFCTSocket
+
         self._family = _DOMAINS[family]
         try:
             self._socket = NFCTSocket(nfgen_family=self._family)
@@ -304,6 +310,8 @@ class Entries:
 
     def _ask(self, what: str, key: FlowKey, **more: int) -> list[Any] | None:
         """The answers (pyroute2 0.7 has none to a delete), or None where there is no such entry."""
+        from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple
+
         icmp_type, icmp_code, icmp_id = key.icmp or (None, None, None)
         original = NFCTAttrTuple(
             family=self._family,
