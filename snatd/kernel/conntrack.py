@@ -36,7 +36,9 @@ _NO_ENTRY = 2
 _CHUNK_SIZE = 65536
 _LONGEST_LINE_BYTES = 65536
 _DELETING_S = 0.01
-_LAST_WORDS_S = 0.05
+# Between the end of its output and its own conntrack gives back what it read by: at once, or after
+# more than 50 ms where the machine is busy. Asked again by each step.
+_LAST_WORDS_S = 0.01
 
 SHOWN = 1000
 
@@ -139,8 +141,10 @@ class Sweep:
 
     def _take(self, chunk: bytes) -> None:
         if not chunk:
-            self._check_end()
-            self._finish(None)
+            if _has_ended(self._argv, self._child, _LAST_WORDS_S):
+                if self._rest:
+                    raise BackendFailed(f"`{' '.join(self._argv)}` ended in the middle of a line")
+                self._finish(None)
             return
         lines, self._rest = _whole_lines(self._rest + chunk)
         for line in lines:
@@ -177,12 +181,6 @@ class Sweep:
         while self._due and time.monotonic() < stop_s:
             flow = self._due.popleft()
             self._deleted += self._entries.delete(flow.key, flow.id)
-
-    def _check_end(self) -> None:
-        """Raises BackendFailed where the child did not end well: its list may be cut."""
-        _check_end(self._argv, self._child)
-        if self._rest:
-            raise BackendFailed(f"`{' '.join(self._argv)}` ended in the middle of a line")
 
     def _finish(self, cut_off: str | None) -> None:
         self.close()
@@ -242,7 +240,7 @@ def _lines(argv: list[str], tools: Tools, ends_s: float) -> Iterator[bytes]:
         while select.select([child.stdout], [], [], max(0.0, ends_s - time.monotonic()))[0]:
             chunk = os.read(child.stdout.fileno(), _CHUNK_SIZE)
             if not chunk:
-                _check_end(argv, child)
+                _has_ended(argv, child, max(0.0, ends_s - time.monotonic()))
                 break
             lines, rest = _whole_lines(rest + chunk)
             yield from lines
@@ -258,15 +256,17 @@ def _whole_lines(text: bytes) -> tuple[list[bytes], bytes]:
     return lines, rest
 
 
-def _check_end(argv: list[str], child: subprocess.Popen[bytes]) -> None:
-    """Raises BackendFailed where a child whose output ended did not end well: it may be cut."""
+def _has_ended(argv: list[str], child: subprocess.Popen[bytes], within_s: float) -> bool:
+    """Whether a child whose output ended has ended too. Raises BackendError where it did not end
+    well: its output may be cut."""
     assert child.stderr is not None
     try:
-        returncode = child.wait(_LAST_WORDS_S)
+        returncode = child.wait(within_s)
     except subprocess.TimeoutExpired:
-        raise BackendBusy(f"`{' '.join(argv)}` does not end") from None
+        return False
     os.set_blocking(child.stderr.fileno(), False)
     check_exit(argv, returncode, child.stderr.read(4096) or b"")
+    return True
 
 
 class Entries:

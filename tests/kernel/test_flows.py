@@ -17,7 +17,7 @@ from snatd.core.errors import BackendError
 from snatd.core.flows import FlowKey
 from snatd.core.model import Family, NodeState, Policy
 from snatd.host.flannel import read_lease
-from snatd.kernel.conntrack import SHOWN, Entries, Sweep, Tally
+from snatd.kernel.conntrack import SHOWN, Entries, Sweep, Tally, read_peers
 from snatd.kernel.snapshot import read_links
 from snatd.kernel.tools import Tools
 from tests.kernel.test_packets import add, applied
@@ -377,3 +377,16 @@ def test_a_conntrack_that_hangs_is_ended(
     assert tally.cut_off == "after 0.3 s"
     pid = (tmp_path / "pid").read_text().strip()
     until(lambda: not Path(f"/proc/{pid}").exists(), "the child's end")
+
+
+def test_a_conntrack_that_takes_its_time_to_end_is_believed(
+    nft_lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nft_lab.nodes[0].write_lease()
+    tool = tmp_path / "conntrack"
+    tool.write_text("#!/bin/sh\nexec >&-\nsleep 0.3\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin")
+    assert sweep(nft_lab.nodes[0]).cut_off is None
+    with nft_lab.nodes[0].host.entered():
+        assert read_peers(leased(nft_lab.nodes[0]), Tools(), 5.0) == ((), True)
