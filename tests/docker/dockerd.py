@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tests.lab.groups import INTO_GROUPS, anywhere, make_groups, start_reaper
 from tests.lab.mounts import overlay
-from tests.lab.netns import Namespace, until
+from tests.lab.netns import Namespace, network_of, until
 from tests.lab.network import plug, write_lease
 from tests.lab.process import Snatd
 
@@ -163,6 +164,8 @@ class Docker:
         (log / "calls").touch()
         volume = f"--volume={log}:/log"
         self.run(name, volume, *options, command=("sh", "-c", _SERVE))
+        pid = self.pid_of(name)
+        until(lambda: call(pid, "127.0.0.1", 80) == "yes", f"{name} listens")
         return log / "calls"
 
     def remove(self, *names: str) -> None:
@@ -218,3 +221,20 @@ class Docker:
 def callers(text: str) -> Counter[str]:
     """Who called, by the log of a web server."""
     return Counter(_CALLER.findall(text))
+
+
+def call(pid: int, address: str, port: int) -> str:
+    """A call from a process' network: what was answered, in a word."""
+    with network_of(pid):
+        caller = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with caller:
+        caller.settimeout(5)
+        try:
+            caller.connect((address, port))
+            caller.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = b""
+            while chunk := caller.recv(1024):
+                answer += chunk
+        except OSError as error:
+            return type(error).__name__
+    return answer.decode().split()[-1] if answer else "nothing"

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.docker.dockerd import IMAGE, callers
-from tests.docker.world import World, call
+from tests.docker.dockerd import IMAGE, call, callers
+from tests.docker.world import World
 from tests.lab.network import OUTSIDE
 
 CONTAINERS = 100
@@ -22,7 +22,7 @@ CONTAINERS = 100
 _FEW = 10
 # Since Docker 28 other hosts are refused. Its documentation: this flag, and the port published.
 OPEN = ("--allow-direct-routing",), ("--publish=8090:80",)
-_SHORT = 'nc -w 2 "$0" 80 </request; nc -w 2 "$1" 8080 </request'
+_SHORT = 'nc -w 10 "$0" 80 </request; nc -w 10 "$1" 8080 </request'
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.docker.conftest import unpacked
+from tests.docker.dockerd import call
 from tests.docker.life import OPEN
-from tests.docker.world import World, call
+from tests.docker.world import World
 from tests.lab.process import Snatd
 
 FINDING = "direct_routing_dropped"

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.docker.dockerd import Docker, callers
-from tests.lab.netns import Namespace, network_of, until
+from tests.lab.netns import Namespace, until
 from tests.lab.network import OUTSIDE, make_lan, plug
 from tests.lab.process import Snatd
 from tests.lab.who import WhoServer
@@ -144,20 +143,3 @@ class World:
         self._server.close()
         self.outside.close()
         self.lan.close()
-
-
-def call(pid: int, address: str, port: int) -> str:
-    """A call from a process' network: what was answered, in a word."""
-    with network_of(pid):
-        caller = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    with caller:
-        caller.settimeout(2)
-        try:
-            caller.connect((address, port))
-            caller.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            answer = b""
-            while chunk := caller.recv(1024):
-                answer += chunk
-        except OSError as error:
-            return type(error).__name__
-    return answer.decode().split()[-1]
