@@ -36,7 +36,9 @@ class Table:
     def remove(self, chain: str, rule: str) -> None:
         """As `-D` does, which takes the first of equal rules."""
         if self.is_kept(rule):
-            self.chains[chain].remove(rule)
+            rules = self.chains[chain]
+            assert rule in rules, f"{chain}: {rule!r} was removed, and is none of {rules}"
+            rules.remove(rule)
 
     def flush(self) -> None:
         self.chains = {POSTROUTING: []}

@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,18 +106,18 @@ class Rivals(RuleBasedStateMachine):
         b=st.integers(0, 999_999),
     )
     def iptables(self, backend: Backend, what: str, a: int, b: int) -> None:
-        do(self.world, Op(f"iptables-{backend.value}", what, a, b))
+        self._do(Op(f"iptables-{backend.value}", what, a, b))
 
     @rule(what=st.sampled_from(sorted(NFT)), a=st.integers(0, 9999), b=st.integers(0, 999_999))
     def nft(self, what: str, a: int, b: int) -> None:
         # Nobody makes the guard again, nor looks at anything, while there is no lease.
         if not (self.held and (what in ON_THE_GUARD or what == "in_nat")):
-            do(self.world, Op("nft", what, a, b))
+            self._do(Op("nft", what, a, b))
 
     @precondition(lambda self: not self.held)
     @rule(number=st.integers(0, len(NETWORKS) - 1))
     def network(self, number: int) -> None:
-        do(self.world, Op("node", "network", number))
+        self._do(Op("node", "network", number))
 
     @precondition(lambda self: not self.held)
     @rule()
@@ -154,8 +155,17 @@ class Rivals(RuleBasedStateMachine):
 
     @invariant()
     def promises(self) -> None:
-        try:
+        with self._told():
             self._promises()
+
+    def _do(self, op: Op) -> None:
+        with self._told():
+            do(self.world, op)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             # If it does not fail again, hypothesis says only that.
             print(f"{type(error).__name__}: {error}", *self.world.trace, sep="\n    ")
