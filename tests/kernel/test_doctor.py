@@ -1242,7 +1242,8 @@ def test_on_a_terminal_the_gravity_is_a_colour(node: Node, snatd: Snatd) -> None
     assert "\033" not in plain
     ours, theirs = pty.openpty()
     command = (*snatd.program, "doctor", "--config", str(snatd.config))
-    process = node.host.popen(*command, stdout=theirs)
+    environment = node.host.environment({"TERM": "xterm"})
+    process = node.host.popen(*command, stdout=theirs, env=environment)
     os.close(theirs)
     shown = b""
     with suppress(OSError):  # what a terminal says when the other side is gone
