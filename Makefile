@@ -18,7 +18,7 @@ SYSTEM := $(PACKAGING) lintian rpmlint mmdebstrap systemd systemd-container zstd
 RPM_FOR ?= el9 el10 fc43
 
 .PHONY: help venv demo test test-faults test-system test-docker fuzz soak bench manual pictures deb rpm
-.PHONY: clean packages test-others
+.PHONY: clean packages test-others test-matrix
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -84,6 +84,10 @@ test-docker: packages venv  ## beside real Docker of Debian 12, 13 and the next;
 test-others: PACKAGES += $(SYSTEM)
 test-others: packages venv  ## beside podman, CNI plugins, firewalld and kube-proxy's rules; needs root
 	@$(BIN)/python -m pytest tests/others
+
+test-matrix: PACKAGES += mmdebstrap zstd
+test-matrix: packages venv  ## the tests on three Debians and with the newest libraries, and the README's table; needs root
+	@$(BIN)/python -m tests.matrix
 
 $(BIN)/.fuzz: $(BIN)/.complete
 	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[fuzz]'
