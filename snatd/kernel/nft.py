@@ -36,7 +36,10 @@ class NftTables:
         A native rule in the table makes iptables-nft print nothing ("incompatible"): BackendFailed,
         and the caller goes on.
         """
-        if not has_table(self.family, "nat") or self._is_legacy_node():
+        if self._is_legacy_node():
+            return Ruleset(self.family, self.backend)
+        # Without the tool it could not be written either, which a pass shall say at once.
+        if self._tools.find(f"{self.family.command}-nft") and not has_table(self.family, "nat"):
             return Ruleset(self.family, self.backend)
         return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
 

@@ -150,8 +150,8 @@ def test_observe_counts_what_it_sees_once(nft_lab: Lab, tmp_path: Path) -> None:
         assert found["snatd_repair_seconds_count"] == 0
         assert not any(series.startswith("snatd_repairs_total") for series in found)
         # Nobody's repair but an operator's; then it comes back.
-        add(node, "-F", "POSTROUTING")
-        add(node, "-A", "POSTROUTING", *NARROW.split(" "))
+        by_hand = f"*nat\n-F POSTROUTING\n-A POSTROUTING {NARROW}\nCOMMIT\n"
+        node.host.run("iptables-restore", "--noflush", stdin=by_hand)
         until(lambda: metric(node, "in_sync") == 1, "the rule by hand")
         add(node, "-I", "POSTROUTING", *node.broad_rule)
         until(lambda: metric(node, "in_sync") == 0, "the drift")

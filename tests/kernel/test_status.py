@@ -170,7 +170,8 @@ def test_a_busy_daemon_is_not_said_to_hang(node: Node, tmp_path: Path) -> None:
             return bool(snatd.status()["state"] == "degraded")
 
         until(it_has_said_so, "the end of the pass", within_s=40)
-        assert snatd.status()["last_pass"]["duration_ms"] > 10_000
+        # Three tools, 2 to 3 s each: IPv6 has no table, so nothing is asked of that.
+        assert snatd.status()["last_pass"]["duration_ms"] > 6_000
     assert lives == {Life.ANSWERS}
 
 
