@@ -27,7 +27,7 @@ from snatd.core.plan import Transaction
 from snatd.core.proof import Limiter
 from snatd.core.schedule import Schedule
 from snatd.counts import Counts
-from snatd.evidence import Cause, Evidence
+from snatd.evidence import Cause, Evidence, load
 from snatd.facts import Causes, Facts
 from snatd.host import journal, status
 from snatd.host.files import sweep
@@ -102,6 +102,8 @@ class Daemon:
         self._pass(_FIRST_PASS_S)
         self._notifier.ready()
         self._open_watch()
+        with suppress(OSError, ImportError, MemoryError):  # the first look tries again
+            load()
         # The look that follows finds what came before the watch did.
         self._heard(Event("watch_started"))
         while not self._stopping:

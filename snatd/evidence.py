@@ -78,6 +78,16 @@ class _Found:
     wrong: tuple[str, ...] = ()
 
 
+def load() -> None:
+    """What a look imports: 0.2 s, once. No guard waits for it, and it is no part of what a look
+    costs; but it comes before memory may be short, when an import can hang or crash."""
+    import snatd.kernel.conntrack
+    import snatd.kernel.links
+    import snatd.kernel.probe
+    import snatd.suspects
+    import snatd.verify  # noqa: F401
+
+
 @dataclass
 class Evidence:
     """Looks when it is `due_s`; its sweep of connections is waited for in the loop's selector."""
@@ -137,17 +147,10 @@ class Evidence:
         self.due_s = None
         cause, self._cause = self._cause, Cause.RESYNC
         try:
-            # What the first look imports costs 0.2 s, once. No guard waits for it, and it is no
-            # part of what a look costs.
-            import snatd.kernel.conntrack
-            import snatd.kernel.links
-            import snatd.kernel.probe
-            import snatd.suspects
-            import snatd.verify  # noqa: F401
-
+            load()
             began_s = time.monotonic()
             self._look(began_s, changed=cause is Cause.CHANGED)
-        except (OSError, ImportError, MemoryError) as error:
+        except (OSError, ImportError, MemoryError, SystemError) as error:
             if not is_scarcity(error):
                 raise
             self._cause, self.due_s = cause, time.monotonic() + _STARVED_S

@@ -70,8 +70,13 @@ class LeaseError(SnatdError):
 
 
 _SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.ENOSPC}
-# What the loader of libraries and threading say, who have no number for it.
-_SCARCE_TEXTS = ("Too many open files", "Cannot allocate memory", "can't start new thread")
+# What the loader of libraries, threading, and an import out of memory (3.11) say, without a number.
+_SCARCE_TEXTS = (
+    "Too many open files",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "error return without exception set",
+)
 
 
 def is_scarcity(error: BaseException) -> bool:
