@@ -73,7 +73,7 @@ class Daemon:
         self._notifier = Notifier()
         self._instance = Instance(settings.runtime_dir)
         self._poll = LegacyPoll()
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.EpollSelector()
         self._ears: list[NftEar | LinkEar] = []
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._watch: Any = None

@@ -2,8 +2,9 @@
 rewrite them, which are wrong since before, and a proof by packet.
 
 Nothing here repairs a rule. It looks after a change and at each resync, and it may cost: so a look
-waits until it takes no more than its share of a core, and connections are read in small steps from
-a child while the loop goes on.
+waits until it takes no more than its share of a core, is done in stages, and gives way to whatever
+the loop hears meanwhile; and connections are read in small steps from a child while the loop goes
+on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import enum
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from snatd import report
 from snatd.config import Config
 from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendError, BackendFailed, is_scarcity
+from snatd.core.errors import BackendError, BackendFailed, GaveWay, is_scarcity
 from snatd.core.flows import Ids
 from snatd.core.model import Address, Family, NodeState, count
 from snatd.core.proof import INTERVAL_S, Limiter, Probe
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from snatd.kernel.hooks import Hooks
     from snatd.suspects import Suspects
 
-# A look waits for this long, so that a rival's storm is one change; and until all looks together
+# A look waits for this long, so that several writes are one change; and until all looks together
 # take no more than a share of a core.
-_SETTLE_S = 0.2
+_SETTLE_S = 0.05
+# One that had to give way so often is not disturbed any more.
+_MOST_PUT_OFF = 3
 # One that descriptors or memory do not suffice for comes again after this.
 _STARVED_S = 20.0
 
@@ -51,6 +54,10 @@ class Cause(enum.Enum):
 _SWEEP_S = 20.0
 
 Say = Callable[..., None]
+
+
+def _stronger(one: Cause, other: Cause) -> Cause:
+    return max(one, other, key=lambda cause: cause.value)
 
 
 @dataclass
@@ -90,11 +97,12 @@ def load() -> None:
 
 @dataclass
 class Evidence:
-    """Looks when it is `due_s`; its sweep of connections is waited for in the loop's selector."""
+    """Looks when it is `due_s`; its sweep of connections is waited for in the loop's selector, for
+    whose other descriptors a look gives way."""
 
     settings: Config
     tools: Tools
-    selector: selectors.BaseSelector
+    selector: selectors.EpollSelector
     say: Say
     limiter: Limiter = field(default_factory=Limiter)
     look_limit_s: float = 5.0
@@ -104,6 +112,11 @@ class Evidence:
     _node: NodeState | None = None
     _leased: tuple[Desired, ...] = ()
     _cause: Cause = Cause.RESYNC
+    _stages: Iterator[None] | None = None
+    """What is left of the look that began for `_doing`, and took `_took_s` so far."""
+    _doing: Cause = Cause.RESYNC
+    _took_s: float = 0.0
+    _put_off: int = 0
     _unproved: bool = True
     _owed: bool = False
     """Whether a neighbour could not be asked because he was a moment ago."""
@@ -122,58 +135,101 @@ class Evidence:
     def passed(
         self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
     ) -> None:
-        """A pass ended. The look itself comes later."""
+        """A pass ended. The look itself comes later; one that had begun, begins again."""
+        self._put_look_off()
         self._node, self._leased = node, leased
-        self._cause = max(self._cause, cause, key=lambda one: one.value)
+        self._cause = _stronger(self._cause, cause)
         if cause is Cause.CHANGED:
             # What was proved was proved of other rules.
             self._found = replace(self._found, proved_at="")
             self._unproved = True
-        due_s = max(now_s + _SETTLE_S, self._free_s[self._cause])
+        due_s = max(now_s + self._settle_s, self._free_s[self._cause])
         self.due_s = due_s if self.due_s is None else min(self.due_s, due_s)
 
     def waits_until_s(self) -> float | None:
         """When the loop has to come back at the latest."""
-        times = [] if self.due_s is None else [self.due_s]
-        times += [] if self._sweep is None else [self._sweep.ends_s]
+        times = [] if self._sweep is None else [self._sweep.ends_s]
+        if self.due_s is not None and self._may_look():
+            times.append(self.due_s)
         return min(times, default=None)
 
+    def _may_look(self) -> bool:
+        """Only after a change the connections are not counted to the end first."""
+        return self._sweep is None or self._cause is Cause.CHANGED
+
     def turn(self, now_s: float) -> bool:
-        """Does what is due; True where there is news for the status."""
+        """Does a stage of what is due; True where there is news for the status."""
         if self._sweep is not None and now_s >= self._sweep.ends_s:
             return self.step()
-        if self.due_s is None or now_s < self.due_s:
+        if self.due_s is None or now_s < self.due_s or not self._may_look():
             return False
-        self.due_s = None
-        cause, self._cause = self._cause, Cause.RESYNC
         try:
             load()
-            began_s = time.monotonic()
-            self._look(began_s, changed=cause is Cause.CHANGED)
+            if self._stages is None:
+                self._begin()
+            return self._go_on()
+        except GaveWay:
+            self._put_look_off()
+            self.due_s = time.monotonic() + self._settle_s
         except (OSError, ImportError, MemoryError, SystemError) as error:
             if not is_scarcity(error):
                 raise
-            self._cause, self.due_s = cause, time.monotonic() + _STARVED_S
-            return False
-        self._pace(began_s)
+            self._put_look_off()
+            self.due_s = time.monotonic() + _STARVED_S
+        return False
+
+    @property
+    def _settle_s(self) -> float:
+        """Longer each time a look gave way, so that a burst is over before it gives way no more."""
+        return float(_SETTLE_S * 4**self._put_off)
+
+    def _begin(self) -> None:
+        self._end_sweep()
+        self._doing, self._cause = self._cause, Cause.RESYNC
+        self._took_s = 0.0
+        tools = self.tools
+        if self._put_off < _MOST_PUT_OFF:
+            tools = replace(tools, gives_way_to=self.selector.fileno())
+        self._stages = self._look(tools)
+
+    def _go_on(self) -> bool:
+        assert self._stages is not None
+        began_s = time.monotonic()
+        for _ in self._stages:
+            if self._put_off < _MOST_PUT_OFF:
+                self._took_s += time.monotonic() - began_s
+                return False
+        self._took_s += time.monotonic() - began_s
+        self._stages, self.due_s, self._put_off = None, None, 0
+        self._pace(self._took_s)
         if self._owed and self._unproved:
             self.due_s = began_s + INTERVAL_S
         return True
 
-    def _pace(self, began_s: float) -> None:
-        """Something that began then ended now: how long its kind has to wait."""
+    def _put_look_off(self) -> None:
+        """It begins again, for whatever it began for."""
+        if self._stages is not None:
+            self._stages = None
+            self._put_off += 1
+            self._cause = _stronger(self._cause, self._doing)
+
+    def _pace(self, took_s: float) -> None:
+        """Something that took so long ended now: how long its kind has to wait."""
         ended_s = time.monotonic()
         for cause in Cause:
-            free_s = ended_s + (ended_s - began_s) / cause.value
-            self._free_s[cause] = max(self._free_s[cause], free_s)
+            self._free_s[cause] = max(self._free_s[cause], ended_s + took_s / cause.value)
 
-    def _look(self, now_s: float, *, changed: bool) -> None:
+    def _look(self, tools: Tools) -> Iterator[None]:
         from snatd import suspects
 
+        began_s = time.monotonic()
         if not self._leased:
             self._found = _Found()
-        deadline = Deadline(now_s + self.look_limit_s)
-        found = suspects.find_suspects(self._leased, self.settings.marks, self.tools, deadline)
+        deadline = Deadline(began_s + self.look_limit_s)
+        found: tuple[Suspects, ...] = ()
+        for one in self._leased:
+            found += (suspects.of_family(one, self.settings.marks, tools, deadline),)
+            yield
         proved_at = self._found.proved_at if all(one.none for one in found) else ""
         self._found = replace(self._found, suspects=found, proved_at=proved_at)
         self.say(
@@ -189,9 +245,10 @@ class Evidence:
         when = self.settings.probe
         doubt = self._unproved or self.wrong or any(one.rules for one in found)
         if when == "resync" or (when == "repair" and doubt):
-            self._probe(now_s)
+            self._probe(began_s)
+            yield
         if self.settings.stale_flows != "off":
-            self._begin_sweeps(changed=changed)
+            self._begin_sweeps()
 
     def _guard(self, found: Iterable[Suspects]) -> str:
         """Why the guard does not keep rules that can SNAT from doing so."""
@@ -256,11 +313,8 @@ class Evidence:
             return ""  # what the rules say of all such packets
         return doubt(one, read)
 
-    def _begin_sweeps(self, *, changed: bool) -> None:
-        if self._sweep is not None and not changed:
-            return
-        self._end_sweep()
-        self._after_change = changed
+    def _begin_sweeps(self) -> None:
+        self._after_change = self._doing is Cause.CHANGED
         self._todo = deque(self._leased)
         self._flows = {
             one.family: self._flows.get(one.family, _FamilyFlows()) for one in self._todo
@@ -308,7 +362,7 @@ class Evidence:
         self.selector.unregister(descriptor)
         self._sweep = None
         self._todo.popleft()
-        self._pace(self._sweep_began_s)
+        self._pace(time.monotonic() - self._sweep_began_s)
         self._next_sweep()
         return True
 

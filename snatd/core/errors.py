@@ -29,6 +29,10 @@ class Unanswerable(SnatdError):
     """What was asked makes no sense on this node: no such device, no route. Exit 2."""
 
 
+class GaveWay(SnatdError):
+    """A call was ended because something more important came. Nothing was applied; ask again."""
+
+
 class BackendError(SnatdError):
     """One backend of one family could not be read or written; the others go on."""
 

@@ -5,7 +5,6 @@ Touches no other table. What belongs into it is decided in `core.guard`.
 
 from __future__ import annotations
 
-import re
 import time
 
 from snatd.core.deadline import Deadline
@@ -13,7 +12,7 @@ from snatd.core.errors import BackendFailed, RuleError
 from snatd.core.guard import TABLE, guard_script, parse_guard
 from snatd.core.model import Backend, Family, Rule, Ruleset
 from snatd.core.plan import Transaction
-from snatd.kernel.snapshot import has_table
+from snatd.kernel.snapshot import has_table, is_dormant
 from snatd.kernel.tools import Tools
 
 # 3 ms whatever else is there. A hanging nft shall leave the other backends their part of a pass.
@@ -44,7 +43,7 @@ class GuardTable:
         try:
             return Ruleset(self.family, self.backend, parse_guard(output))
         except RuleError as error:
-            if not is_dormant(_TABLES[self.family], TABLE, self._tools, _sooner(deadline)):
+            if not is_dormant(_TABLES[self.family], TABLE):
                 raise BackendFailed(f"`{' '.join(argv)}`: {error}") from None
             return Ruleset(self.family, self.backend, (Rule("table with flags"),))
 
@@ -54,14 +53,7 @@ class GuardTable:
         self._tools.run(["nft", "-f", "-"], _sooner(deadline), stdin=guard_script(transaction))
 
 
-def is_dormant(nft_family: str, table: str, tools: Tools, deadline: Deadline) -> bool:
-    """Whether the kernel does not ask a table's chains. nft 1.0.6 garbles the flags in its JSON,
-    and for some tables that have any it prints none; the text is right."""
-    return bool(_DORMANT.search(tools.run(["nft", "list", "table", nft_family, table], deadline)))
-
-
 _TABLES = {Family.V4: "ip", Family.V6: "ip6"}
-_DORMANT = re.compile(r"^\tflags .*\bdormant\b", re.MULTILINE)
 # nft 0.9 to 1.1 print strerror(ENOENT) for the table. A missing library says 127, not 1.
 _ABSENT = "(exit 1): Error: No such file or directory"
 

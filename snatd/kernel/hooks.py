@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 from snatd.core import native, xtables
 from snatd.core.deadline import Deadline
 from snatd.core.errors import BackendFailed
-from snatd.core.model import Backend, Family
+from snatd.core.model import Backend, Family, Rule
 from snatd.core.packet import Hook, Step
 from snatd.kernel import peek
-from snatd.kernel.guard import is_dormant
 from snatd.kernel.listing import list_chains
+from snatd.kernel.snapshot import is_dormant
 from snatd.kernel.tools import Tools
 
 # Chain by chain (3 ms each, however large the table) up to here, then the whole of it: 0.5 s and
@@ -94,11 +94,10 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NA
             for one in all_chains
             if (one.get("type"), one.get("hook")) == (kind.type, kind.hook)
         ]
-        dormant = _dormant({(one["family"], one["table"]) for one in bases}, tools, deadline)
         unread: list[str] = []
         for base in bases:
             where = (base["family"], base["table"])
-            if where in dormant:
+            if is_dormant(*where):
                 continue
             names = {one["name"] for one in all_chains if (one["family"], one["table"]) == where}
             reader = _NftTable(kind, family, *where, frozenset(names), tools, deadline)
@@ -141,24 +140,6 @@ def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
         )
 
 
-def _dormant(
-    some: Collection[tuple[str, str]], tools: Tools, deadline: Deadline
-) -> set[tuple[str, str]]:
-    """Those of some tables whose chains the kernel does not ask. Only where the list of all tables
-    is of no use is each one read for it."""
-    try:
-        objects = _json(["list", "tables"], tools, deadline)
-        tables = [one["table"] for one in objects if "table" in one]
-        flagged = {(one["family"], one["name"]) for one in tables if "flags" in one}
-    except BackendFailed:
-        flagged = set(some)
-    return {
-        where
-        for where in flagged.intersection(some)
-        if _WORD.fullmatch(where[1]) and is_dormant(*where, tools, deadline)
-    }
-
-
 def _whole(
     kind: Kind, table: str, family: Family, backend: Backend, tools: Tools, deadline: Deadline
 ) -> Hook:
@@ -187,6 +168,8 @@ class _NftTable:
     tools: Tools
     deadline: Deadline
     chains: _Chains = field(default_factory=dict)
+    listed: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+    """All chains of iptables' table, once there are many to be read."""
 
     def reachable(self, base: str) -> _Chains:
         # What iptables-nft wrote it also prints, with everything that nft's JSON leaves out.
@@ -211,14 +194,21 @@ class _NftTable:
         if name.startswith("-"):  # to iptables it would be an option
             return self._by_nft(name, everything=False)
         try:
-            chain = () if everything else (name,)
-            rules, _ = list_chains(
-                self.family, Backend.NFT, self.tools, self.deadline, *chain, table=self.name
-            )
+            if everything and not self.listed:
+                self.listed = self._list()
+            rules = (self.listed or self._list(name))[name]
         except BackendFailed:
             return self._by_nft(name, everything)
-        self.chains |= xtables.compiled(rules, self.names)
-        return [target for one in rules.values() for target in xtables.targets(one)]
+        except KeyError:  # removed since the chains were listed: stays unread
+            return ()
+        self.chains |= xtables.compiled({name: rules}, self.names)
+        return xtables.targets(rules)
+
+    def _list(self, *chain: str) -> dict[str, tuple[Rule, ...]]:
+        rules, _ = list_chains(
+            self.family, Backend.NFT, self.tools, self.deadline, *chain, table=self.name
+        )
+        return rules
 
     def _by_nft(self, name: str, everything: bool) -> Sequence[str]:
         what = ["table", self.nft_family, self.name]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.errors import BackendBusy, BackendFailed, GaveWay
 
 # A service's PATH has these; an operator's `su` on Debian may not.
 SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -35,6 +35,8 @@ class Tools:
     """Starts children and remembers their pids, so that our own writes are known as ours."""
 
     own_pids: deque[int] = field(default_factory=lambda: deque(maxlen=512))
+    gives_way_to: int | None = None
+    """A descriptor: once there is something to read, `run` ends its child and raises GaveWay."""
     _undying: ClassVar[list[subprocess.Popen[bytes]]] = []
     """Killed, and still there: a process ends only when what it waits for in the kernel is over."""
 
@@ -59,7 +61,7 @@ class Tools:
         limit_s = deadline.remaining_s(time.monotonic())
         child = self.start(argv, stdin=bool(stdin), environment=environment)
         try:
-            out, err = _talk(child, os.fsencode(stdin), limit_s)
+            out, err = _talk(child, os.fsencode(stdin), limit_s, self.gives_way_to)
         except subprocess.TimeoutExpired:
             what = " ".join(argv)
             raise BackendBusy(f"`{what}` did not answer within {limit_s:.1f} s") from None
@@ -127,7 +129,9 @@ class Tools:
                     stream.close()
 
 
-def _talk(child: subprocess.Popen[bytes], stdin: bytes, limit_s: float) -> tuple[bytes, bytes]:
+def _talk(
+    child: subprocess.Popen[bytes], stdin: bytes, limit_s: float, gives_way_to: int | None
+) -> tuple[bytes, bytes]:
     """Popen.communicate, which would take all of an output that never ends into memory."""
     end_s = time.monotonic() + limit_s
     assert child.stdout is not None
@@ -140,10 +144,14 @@ def _talk(child: subprocess.Popen[bytes], stdin: bytes, limit_s: float) -> tuple
             pipes.register(descriptor, selectors.EVENT_READ)
         if child.stdin is not None:
             pipes.register(child.stdin, selectors.EVENT_WRITE)
-        while pipes.get_map():
+        if gives_way_to is not None:
+            pipes.register(gives_way_to, selectors.EVENT_READ)
+        while len(pipes.get_map()) > (gives_way_to is not None):
             ready = pipes.select(max(0.0, end_s - time.monotonic()))
             if time.monotonic() >= end_s:
                 raise subprocess.TimeoutExpired(child.args, limit_s)
+            if any(key.fd == gives_way_to for key, _ in ready):
+                raise GaveWay("something else is to be read")
             for key, _ in ready:
                 if key.fd in said:
                     if not _read_some(key.fd, said[key.fd]):

@@ -10,11 +10,10 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -255,23 +254,6 @@ def test_a_dormant_table_is_not_asked(nft_lab: Lab) -> None:
     node.host.shell("nft add table ip x")
     assert [one.table for one in hooks_of(node).hooks] == ["ip x"]
     assert seen_by_udp(node.container, neighbour.container_address) == node.address
-
-
-def test_where_nft_prints_no_tables_as_json_the_dormant_ones_are_known_all_the_same(
-    nft_lab: Lab,
-) -> None:
-    class Lacking(Tools):
-        def run(self, argv: Sequence[str], *rest: Any, **more: Any) -> str:
-            cut = argv == ["nft", "-j", "list", "tables"]
-            return '{"nftables": [' if cut else super().run(argv, *rest, **more)
-
-    hook = "'{ type nat hook postrouting priority 0; }'"
-    node = nft_lab.nodes[0]
-    for name, flags in (("x", "flags dormant;"), ("y", "")):
-        node.host.shell(
-            f"nft add table ip {name} '{{ {flags} }}'; nft add chain ip {name} c {hook}"
-        )
-    assert [one.table for one in hooks_of(node, tools=Lacking()).hooks] == ["ip y"]
 
 
 def test_a_translation_of_the_other_family_passes_packets_on(nft_lab: Lab) -> None:

@@ -83,7 +83,7 @@ SIX = wish(
 @pytest.fixture
 def count(daemon: Daemon) -> Any:
     """Tells an `Evidence` of the daemon's how many new connections of a family were changed."""
-    with selectors.DefaultSelector() as selector:
+    with selectors.EpollSelector() as selector:
         evidence = Evidence(Config(), Tools(), selector, daemon._say)
 
         def tell(family: Family, changed: int, *, after_change: bool = False) -> None:
@@ -108,7 +108,7 @@ def test_new_wrong_flows_are_told_once_for_each_family(daemon: Daemon, count: An
 
 
 def test_one_familys_connections_being_known_says_nothing_of_the_other(daemon: Daemon) -> None:
-    with selectors.DefaultSelector() as selector:
+    with selectors.EpollSelector() as selector:
         evidence = Evidence(Config(), Tools(), selector, daemon._say)
         for _ in range(3):
             evidence._say_unknown(V4, "")
@@ -148,7 +148,7 @@ def test_a_status_file_that_cannot_be_written_is_named(
     daemon._schedule = Schedule(resync_s=60)
     daemon._saving = daemon._look_after_files()
     daemon._metrics = MetricsFile(None)
-    with selectors.DefaultSelector() as selector:
+    with selectors.EpollSelector() as selector:
         daemon._evidence = Evidence(Config(), Tools(), selector, daemon._say)
         for _ in range(4):
             daemon._publish()

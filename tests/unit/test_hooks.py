@@ -48,7 +48,6 @@ class Nft(Tools):
         [{"chain": CHAIN}, {"rule": {**WHERE, "expr": 1}}],
         [{"chain": CHAIN}, {"rule": {**WHERE, "expr": [1]}}],
         [{"chain": CHAIN}, {"rule": {**WHERE, "expr": [{"jump": {}}]}}],
-        [{"chain": CHAIN}, {"table": {"flags": []}}],
     ],
 )
 def test_another_shape(document: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.errors import BackendBusy, BackendFailed, GaveWay
 from snatd.kernel.tools import Tools
 from tests.lab.netns import until
 
@@ -50,6 +51,20 @@ def test_who_does_not_end_is_ended(script: str, tmp_path: Path) -> None:
     assert time.monotonic() - began_s < 5
     group = int((tmp_path / "group").read_text())
     until(lambda: not alive(group), "an end of the group")
+
+
+def test_what_gives_way_is_ended_when_there_is_something_to_read() -> None:
+    reader, writer = os.pipe()
+    tools = Tools(gives_way_to=reader)
+    deadline = Deadline(time.monotonic() + 30)
+    assert tools.run(["echo", "whole"], deadline) == "whole\n", "nothing is to be read"
+    os.write(writer, b"x")
+    with pytest.raises(GaveWay):
+        tools.run(["sleep", "60"], deadline)
+    assert deadline.at_s - time.monotonic() > 20
+    assert not alive(tools.own_pids[-1])
+    os.close(reader)
+    os.close(writer)
 
 
 def alive(group: int) -> bool:
