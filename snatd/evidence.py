@@ -327,6 +327,8 @@ class Evidence:
         while self._todo and self._sweep is None:
             one = self._todo[0]
             acts = self._after_change and self.settings.mode == "enforce"
+            if self._after_change:
+                self._flows[one.family].before = None  # 1 MiB of 260,000, and there comes another
             self._sweep_began_s = time.monotonic()
             try:
                 self._sweep = Sweep(
@@ -336,7 +338,7 @@ class Evidence:
                     marks=self.settings.marks,
                     policy=self.settings.stale_flows if acts else "report",
                     census=True,
-                    before=None if self._after_change else self._flows[one.family].before,
+                    before=self._flows[one.family].before,
                 )
             except BackendError as error:
                 self._todo.popleft()

@@ -48,7 +48,7 @@ class Tally:
     """What a sweep saw in one family. `flows` are the first SHOWN of the `wrong` ones.
 
     `changed` and `kept` count those that were not there before, wrong and right; `ids` are all of
-    them, before and since. Both want a census. `cut_off` says why it is not the whole.
+    them, where there was no before. Both want a census. `cut_off` says why it is not the whole.
     """
 
     wrong: int = 0
@@ -91,7 +91,7 @@ class Sweep:
         self._desired, self._marks, self._policy = desired, marks, policy
         self._before = before
         self._sure = Kept(desired)
-        self._ids = Ids() if census else None
+        self._ids = Ids() if census and before is None else None
         self._wrong = self._changed = self._deleted = self._kept = 0
         self._flows: list[Flow] = []
         self._due: deque[Flow] = deque()

@@ -76,16 +76,12 @@ def who_wrote(
 
 # Plain substrings: searching for these four costs a quarter of one regular expression. A chance
 # hit inside of some other message is a needless look, no more.
-_RELEVANT = (
-    # A rule of nat POSTROUTING (NFTA_RULE_TABLE, NFTA_RULE_CHAIN).
-    attribute(1, b"nat\0") + attribute(2, b"POSTROUTING\0"),
-    # A rule of a chain of ours.
-    b"\x02\0SNATD-",
-    # Anything in our own table.
-    attribute(1, b"snatd\0"),
-    # A chain of anybody's on a nat hook (NFTA_CHAIN_TYPE).
-    attribute(7, b"nat\0"),
-)
+# A rule of nat POSTROUTING (NFTA_RULE_TABLE, NFTA_RULE_CHAIN).
+_IN_POSTROUTING = attribute(1, b"nat\0") + attribute(2, b"POSTROUTING\0")
+# A rule of a chain of ours, and anything in our own table.
+_IN_OWN_CHAIN, _IN_OWN_TABLE = b"\x02\0SNATD-", attribute(1, b"snatd\0")
+# A chain of anybody's on a nat hook (NFTA_CHAIN_TYPE).
+_NAT_CHAIN = attribute(7, b"nat\0")
 _HEADER_REST = rb".{2}.{8}.\x00.{2}"  # nlmsg flags, seq, port; nfgenmsg family, version, res_id
 # A storm has thousands of datagrams without it, and a search for two bytes costs half of one for a
 # regular expression.
@@ -184,9 +180,14 @@ def _written(datagram: bytes) -> Iterator[tuple[Family, Backend]]:
 
 
 def _is_relevant(datagram: bytes) -> bool:
-    if any(pattern in datagram for pattern in _RELEVANT):
-        return True
-    return _DELTABLE in datagram and _TABLE_REMOVAL.search(datagram) is not None
+    # Written out: `any` makes a generator each time, which is a quarter of all this.
+    return (
+        _IN_POSTROUTING in datagram
+        or _IN_OWN_CHAIN in datagram
+        or _IN_OWN_TABLE in datagram
+        or _NAT_CHAIN in datagram
+        or (_DELTABLE in datagram and _TABLE_REMOVAL.search(datagram) is not None)
+    )
 
 
 _RTM_DELLINK = 17

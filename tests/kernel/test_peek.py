@@ -1,0 +1,50 @@
+"""The fingerprint of a legacy table: of every rule, and of no counter."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from snatd.core.model import Family
+from snatd.kernel.peek import digest
+from tests.lab.netns import Namespace
+
+_COMMENT = '-m comment --comment "' + "long " * 30 + '"'
+
+
+def script(rules: list[str], number: int) -> str:
+    """All of a table anew, with such counters."""
+    lines = ["*nat", f":POSTROUTING ACCEPT [{number}:{number}]", ":C - [0:0]", *rules]
+    counted = [f"[{number}:{number * 60}] {one}" if one[0] == "-" else one for one in lines]
+    return "\n".join([*counted, "COMMIT", ""])
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("count", [1, 9000])
+def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, count: int) -> None:
+    """Entries of one length in runs, of several in any order, and more than a run is looked for."""
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    protocols = ("", "-p tcp --dport 1", _COMMENT, "-m mark --mark 0x1")
+    rules = ["-A C -j RETURN"] * count + [
+        f"-A C {chance.choice(protocols)} -m mark --mark {number} -j ACCEPT"
+        for number in range(300)
+    ]
+    tool = f"{family.command}-legacy-restore"
+
+    def digest_of(rules: list[str], number: int) -> bytes:
+        host.run(tool, "--counters", stdin=script(rules, number))
+        with host.entered():
+            return digest(family)
+
+    first = digest_of(rules, 0)
+    for number in (1, 255, 2**40):
+        assert digest_of(rules, number) == first, f"seed {seed}"
+    for changed in (0, count // 2, count, count + chance.randrange(300), count + 299):
+        rules[changed] = rules[changed].replace("-j", "-m mark --mark 0x7777 -j")
+        last, first = first, digest_of(rules, 3)
+        assert first != last, f"seed {seed}, rule {changed}"
+        rules[changed] = rules[changed].replace("0x7777", "0x7778")
+        last, first = first, digest_of(rules, 3)
+        assert first != last, f"same length, seed {seed}, rule {changed}"
