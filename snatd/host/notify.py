@@ -16,7 +16,7 @@ class Notifier:
     def __init__(self) -> None:
         self._notifier: Any = None
         self._owed: dict[str, str] = {}
-        self._status = ""
+        self._line = ""
         self._fed_s = 0.0
         microseconds = os.environ.get("WATCHDOG_USEC", "")
         for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
@@ -25,11 +25,11 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """STATUS=, if it changed."""
-        if text != self._status:
-            self._status = text
-            # A newline would begin another message.
-            line = "".join(one if one.isprintable() else "?" for one in text)
-            self._send(f"STATUS={line}")
+        # A newline would begin another message.
+        line = "STATUS=" + "".join(one if one.isprintable() else "?" for one in text)
+        if line != self._line:
+            self._line = line
+            self._send(line)
 
     def ready(self) -> None:
         self._send("READY=1")
@@ -72,5 +72,8 @@ class Notifier:
         except BlockingIOError:
             pass
         except OSError:
-            # Nobody listens there. If somebody does again it is another socket.
+            # Nobody listens there. If somebody does again it is another socket, and what the last
+            # one was told may never have been read.
             self._notifier = None
+            if self._line:
+                self._owed.setdefault("STATUS", self._line)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from snatd.core.desired import Desired
-from snatd.core.errors import BackendBusy, BackendError, BackendFailed, FlowError
+from snatd.core.errors import BackendError, BackendFailed, FlowError
 from snatd.core.flows import Flow, FlowKey, Ids, Kept, Verdict, parse_flow, to_delete, verdict
 from snatd.core.model import Address, Family
 from snatd.kernel.tools import Tools, check_exit
@@ -279,13 +279,11 @@ class Entries:
     def __init__(self, family: Family) -> None:
         """Raises BackendBusy where no socket can be had."""
         # A list needs no pyroute2, whose import takes longer than to list 10,000 entries.
-        from snatd.kernel.netlink import NFCTSocket
+        from snatd.kernel.netlink import NFCTSocket, answering, errors
 
         self._family = _DOMAINS[family]
-        try:
-            self._socket = NFCTSocket(nfgen_family=self._family)
-        except OSError as error:
-            raise BackendBusy(f"netlink: {error.strerror or error}") from None
+        with errors():
+            self._socket = answering(NFCTSocket(nfgen_family=self._family))
 
     def seen_as(self, key: FlowKey) -> Address | None:
         """The source that the other side sees, or None where there is no such connection."""
@@ -310,7 +308,7 @@ class Entries:
 
     def _ask(self, what: str, key: FlowKey, **more: int) -> list[Any] | None:
         """The answers (pyroute2 0.7 has none to a delete), or None where there is no such entry."""
-        from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple
+        from snatd.kernel.netlink import NetlinkError, NFCTAttrTuple, errors
 
         icmp_type, icmp_code, icmp_id = key.icmp or (None, None, None)
         original = NFCTAttrTuple(
@@ -325,13 +323,12 @@ class Entries:
             icmp_code=icmp_code,
         )
         try:
-            return list(self._socket.entry(what, tuple_orig=original, **more))
+            with errors():
+                return list(self._socket.entry(what, tuple_orig=original, **more))
         except NetlinkError as error:
             if error.code == _NO_ENTRY:
                 return None
             raise BackendFailed(f"the kernel refused to {what} a connection: {error}") from None
-        except OSError as error:
-            raise BackendBusy(f"netlink: {error.strerror or error}") from None
 
     def close(self) -> None:
         with suppress(OSError):

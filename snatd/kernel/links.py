@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from snatd.core.errors import BackendBusy, BackendFailed
+from snatd.core.errors import BackendFailed
 from snatd.core.masquerade import DeviceAddress
 from snatd.core.model import Address, Family, Network
 from snatd.core.proof import Route
@@ -28,7 +28,7 @@ from snatd.core.surroundings import (
     TunnelEnd,
     Vxlan,
 )
-from snatd.kernel.netlink import IPRoute, NetlinkError
+from snatd.kernel.netlink import IPRoute, NetlinkError, answering, errors
 
 _MAIN_TABLE, _LOCAL_TABLE = 254, 255
 _UNICAST, _LOCAL, _BROADCAST = 1, 2, 3
@@ -43,12 +43,10 @@ _DOMAINS = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 @contextmanager
 def _netlink() -> Iterator[IPRoute]:
     try:
-        with IPRoute() as netlink:
+        with errors(), answering(IPRoute()) as netlink:
             yield netlink
     except NetlinkError as error:
         raise BackendFailed(f"netlink refused a dump: {error}") from None
-    except OSError as error:
-        raise BackendBusy(f"netlink: {error.strerror or error}") from None
 
 
 def read_paths(family: Family) -> tuple[tuple[Route, ...], frozenset[Address]]:

@@ -99,8 +99,8 @@ def test_fault_28_stderr_that_nobody_reads(node: Node, tmp_path: Path) -> None:
         until(lambda: rules(node) == [NARROW], "the repair goes on")
         os.close(reader)
         before = dropped(snatd)
-        summaries(snatd, 1)
-        assert dropped(snatd) > before
+        snatd.signal(SIGUSR1)
+        until(lambda: dropped(snatd) > before, "another line that is lost")
         assert snatd.stop() == 0
 
 
