@@ -15,6 +15,7 @@ from tests.bench import bare
 from tests.bench.figures import Aim, Figure
 from tests.bench.site import Site
 from tests.lab.network import OUTSIDE, Node
+from tests.lab.outside import bare_packets, count_bare
 from tests.lab.process import Snatd
 from tests.lab.who import Seen, census, seen_by
 
@@ -29,10 +30,12 @@ def sources(site: Site, snatd: Snatd, count: int) -> list[Figure]:
     """`count` connections into the cluster network and as many out of it, in each of three states
     of the daemon; before it, without snatd, fewer: what would be wrong."""
     bare.only_broad(site.node)
+    outside = site.lab.outside
+    count_bare(outside, site.node.subnet)
     figures: list[Figure] = []
     with _rival(site.node):
         seen = _seen(site, count // 10, 0, lambda: False)
-        figures.append(_figures(site, "without snatd, as a control", seen, vital=False)[0])
+        figures.append(_figures(site, "without snatd, as a control", seen, 0, vital=False)[0])
         snatd.start()
         states: tuple[tuple[str, Callable[[], object]], ...] = (
             ("daemon alive", lambda: None),
@@ -44,9 +47,10 @@ def sources(site: Site, snatd: Snatd, count: int) -> list[Figure]:
             changing.start()
             if state == "daemon killed":
                 changing.join()
+            before = bare_packets(outside)
             seen = _seen(site, count, number, changing.is_alive)
             changing.join()
-            figures += _figures(site, state, seen)
+            figures += _figures(site, state, seen, bare_packets(outside) - before)
         assert snatd.status()["version"] == _NEWER, "the newer version did not start"
     snatd.stop()
     return figures
@@ -108,7 +112,8 @@ def _seen(site: Site, count: int, number: int, busy: Callable[[], bool]) -> Seen
     return seen
 
 
-def _figures(site: Site, state: str, seen: Seen, *, vital: bool = True) -> list[Figure]:
+def _figures(site: Site, state: str, seen: Seen, bare: int, *, vital: bool = True) -> list[Figure]:
+    """`bare`: packets that arrived outside as a container's."""
     node = site.node
     expected = {site.other.container_address: node.container_address, OUTSIDE: node.address}
     wrong, total = dict.fromkeys(expected, 0), dict.fromkeys(expected, 0)
@@ -116,6 +121,7 @@ def _figures(site: Site, state: str, seen: Seen, *, vital: bool = True) -> list[
         total[destination] += number
         wrong[destination] += number * (answer != expected[destination])
     inside, outside = expected
+    unanswered = seen[OUTSIDE, None]
     aims = _NONE if vital else ()
     where = f"{site.backend}, {state}"
     return [
@@ -129,8 +135,9 @@ def _figures(site: Site, state: str, seen: Seen, *, vital: bool = True) -> list[
         Figure(
             f"  egress not masqueraded, of {total[outside]}, {where}",
             "",
-            (float(wrong[outside]),),
+            (float(bare + wrong[outside] - unanswered),),
             aims,
             vital=vital,
         ),
+        Figure(f"  egress without an answer, {where}", "", (float(unanswered),)),
     ]

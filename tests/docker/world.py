@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +19,12 @@ from typing import Any
 from tests.docker.dockerd import Docker, callers
 from tests.lab.netns import Namespace, until
 from tests.lab.network import OUTSIDE, make_lan, plug
+from tests.lab.outside import bare_packets, count_bare
 from tests.lab.process import Snatd
 from tests.lab.who import WhoServer
 
 # A connection that left a container as itself; a late FIN of a forgotten one is none.
-_COUNT_BARE = """
-table ip bare {
-    counter bare { }
-    chain bare {
-        type filter hook prerouting priority raw
-        ip saddr 172.0.0.0/8 tcp flags & (syn | ack) == syn counter name bare
-    }
-}
-"""
+_BEGINS = "tcp flags & (syn | ack) == syn"
 # Three rounds of the caller.
 ENOUGH = 30
 
@@ -59,7 +51,7 @@ class World:
         self.outside = Namespace()
         plug(self.lan, self.outside, 100)
         self.outside.shell(f"ip addr add {OUTSIDE}/32 dev lo")
-        self.outside.run("nft", "-f", "-", stdin=_COUNT_BARE)
+        count_bare(self.outside, "172.0.0.0/8", _BEGINS)
         self._server = WhoServer(self.outside, OUTSIDE)
         self.nodes = [
             Docker(self.lan, number, tree, folder / str(number), backend) for number in (21, 22)
@@ -92,18 +84,14 @@ class World:
         self.node.make_image()
         self.node.run("caller", "--restart=always", command=("/call", self.web, OUTSIDE))
 
-    def _bare(self) -> int:
-        listed = json.loads(self.outside.run("nft", "-j", "list", "counters"))["nftables"]
-        return int(next(one["counter"]["packets"] for one in listed if "counter" in one))
-
     def seen(self) -> tuple[int, int, int]:
-        return self.calls.stat().st_size, len(self._server.log), self._bare()
+        return self.calls.stat().st_size, len(self._server.log), bare_packets(self.outside)
 
     def since(self, begin: tuple[int, int, int]) -> tuple[Counter[str], Counter[str], int]:
         """Who called the web server and the host outside, and how many left bare."""
         size, length, bare = begin
         text = self.calls.read_bytes()[size:].decode(errors="replace")
-        return callers(text), Counter(self._server.log[length:]), self._bare() - bare
+        return callers(text), Counter(self._server.log[length:]), bare_packets(self.outside) - bare
 
     def more_calls(self, number: int = ENOUGH) -> None:
         """Waits until so many more calls arrived at both."""
