@@ -135,8 +135,10 @@ def census(
                 with socket.socket(_family(destination), socket.SOCK_DGRAM) as caller:
                     caller.settimeout(timeout_s)
                     caller.bind(("", first_port + number))
-                    caller.sendto(b"who", (destination, PORT))
+                    # Connected, or else a late answer of the one before would be taken for his.
+                    caller.connect((destination, PORT))
                     try:
+                        caller.send(b"who")
                         answer: str | None = caller.recv(64).decode()
                     except OSError:
                         answer = None

@@ -163,8 +163,9 @@ class World:
         with socket.socket(domain, socket.SOCK_DGRAM) as caller:
             caller.settimeout(_ANSWER_S)
             caller.bind((self.container[family], _FIRST_PORT + next(self._ports) % _PORTS))
-            caller.sendto(b"who", (destination, PORT))
+            caller.connect((destination, PORT))
             try:
+                caller.send(b"who")
                 return caller.recv(64).decode()
             except OSError:
                 return None

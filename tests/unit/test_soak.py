@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from snatd.core.model import Backend, Family
+from tests.lab.netns import Namespace
 from tests.soak.deeds import Op
 from tests.soak.model import Table, difference, parse
 from tests.soak.report import Size, growth
+from tests.soak.rivals import Restore
 from tests.soak.rounds import make_round, shortened
 from tests.soak.rules import V4, broads, foreign, is_ours, stale
 
@@ -89,3 +92,14 @@ def test_a_seed_gives_the_same_round() -> None:
 def test_what_grows_is_seen(sizes: list[Size], says: str) -> None:
     assert says in growth(sizes)
     assert bool(says) == bool(growth(sizes))
+
+
+def test_a_writer_that_ends_without_a_word_has_failed() -> None:
+    host = Namespace()
+    try:
+        rival = Restore(host, Backend.NFT, Family.V4)
+        rival._argv = ["sh", "-c", "read line"]
+        assert rival.commit("-A POSTROUTING -j ACCEPT") == "it ended without a word"
+        rival.close()
+    finally:
+        host.close()
