@@ -111,7 +111,10 @@ def _why_not(word: Word) -> tuple[str, ...]:
             "its process cannot be seen from here",
         ),
         Life.GONE: (f"not running: {last}", "it was killed, or it crashed"),
-        Life.ABSENT: (f"not running: there is no {word.why}", "it was stopped, or never started"),
+        Life.ABSENT: (
+            f"not running: there is no {word.why}",
+            "it was stopped, never started, or fails at each start",
+        ),
         Life.STARTING: (
             f"no word yet: pid {word.pid} holds the lock",
             "snatd is starting, or `snatd revert` or `snatd apply --confirm` is at work",
@@ -132,7 +135,7 @@ def _way_out(word: Word) -> str:
         Life.UNSEEN_SILENT: "ask outside of this container, or as root",
         Life.GONE: "`systemctl start snatd`; `journalctl -u snatd` says how it ended. Guard and "
         "rules stay meanwhile; what somebody writes to them is not repaired",
-        Life.ABSENT: "`systemctl start snatd`",
+        Life.ABSENT: "`systemctl start snatd`; `journalctl -u snatd` says why it does not stay",
         Life.STARTING: "ask again in some seconds",
         Life.ELSEWHERE: "ask where the daemon runs",
         Life.UNREADABLE: "`systemctl restart snatd` writes it anew",

@@ -66,6 +66,7 @@ def _entry() -> None:
 @pytest.mark.usefixtures("no_memory")
 def test_it_ends(host: Namespace, ask: Callable[[], object]) -> None:
     with host.entered():
+        gc.collect()
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             if _BY_ASYNCIO:
@@ -74,7 +75,7 @@ def test_it_ends(host: Namespace, ask: Callable[[], object]) -> None:
             else:
                 ask()
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_otherwise_there_is_an_answer(host: Namespace) -> None:

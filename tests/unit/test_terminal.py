@@ -84,6 +84,10 @@ def say(config: Path, **changes: Any) -> None:
     write(config.parent / "run", in_sync() | {"pid": os.getpid()} | changes, 90)
 
 
+# What a shell starts in the background ignores SIGINT, and all that it starts does.
+_INTERRUPTIBLE = ("env", "--default-signal=INT")
+
+
 class Terminal:
     """A program on a terminal of its own, 24 rows of 80 columns if not told otherwise."""
 
@@ -92,7 +96,7 @@ class Terminal:
         self.resize(24, columns)
         self.printed = ""
         self.process = subprocess.Popen(
-            ("setsid", "--ctty", *command),
+            (*_INTERRUPTIBLE, "setsid", "--ctty", *command),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -258,7 +262,7 @@ class Pipe:
 
     def __init__(self, config: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [SNATD, "status", "--config", str(config), "--watch", *arguments],
+            [*_INTERRUPTIBLE, SNATD, "status", "--config", str(config), "--watch", *arguments],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONUTF8": "1"},
         )
