@@ -481,7 +481,7 @@ class Daemon:
 
     def _publish(self) -> None:
         saved_rules = {"saved_rules": self._saving.document()}
-        self._facts.found(self._evidence.document() | saved_rules)
+        self._facts.found(self._evidence.document() | saved_rules, self._evidence.exposed)
         self._write_metrics(time.monotonic())
         try:
             document = self._facts.document(self._settings.mode)

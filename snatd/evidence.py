@@ -132,6 +132,16 @@ class Evidence:
         """What is wrong although the rules are in sync; it makes the daemon degraded."""
         return self._found.wrong
 
+    @property
+    def exposed(self) -> str:
+        """The first rule that can SNAT cluster traffic with no guard before it; empty if none."""
+        if not self._found.suspects:
+            return ""
+        from snatd.suspects import rule_lines
+
+        bare = [one for one in self._found.suspects if one.guarded is False]
+        return next(iter(rule_lines(bare)), "")
+
     def passed(
         self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
     ) -> None:
@@ -202,7 +212,7 @@ class Evidence:
         self._took_s += time.monotonic() - began_s
         self._stages, self.due_s, self._put_off = None, None, 0
         self._pace(self._took_s)
-        if self._owed and self._unproved:
+        if self._owed and (self._unproved or self.exposed):
             self.due_s = began_s + INTERVAL_S
         return True
 

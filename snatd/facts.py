@@ -45,6 +45,7 @@ class Facts:
         self._refused: dict[str, Any] | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._evidence: dict[str, Any] = {}
+        self._exposed = ""
         self.metrics_problem = ""
         self._state = "starting"
         self._since = self.started_at
@@ -73,9 +74,10 @@ class Facts:
         by = str(writer) if writer else None
         self.last_event = {"at": self._now(), "source": source, "writer": by}
 
-    def found(self, evidence: dict[str, Any]) -> None:
-        """What was found out beside the rules, in place of what was before."""
-        self._evidence = evidence
+    def found(self, evidence: dict[str, Any], exposed: str = "") -> None:
+        """What was found out beside the rules, in place of what was before. `exposed`: the rule
+        that can SNAT cluster traffic as there is no guard."""
+        self._evidence, self._exposed = evidence, exposed
         self._enter()
 
     def refused(self, complaints: Iterable[str] | None) -> None:
@@ -131,7 +133,12 @@ class Facts:
                 *parts,
             ]
         wrong = self._is_wrong()
-        parts += ["the rules are in sync, but " + wrong] if wrong else self._particulars
+        if wrong:
+            parts.append("the rules are in sync, but " + wrong)
+        elif self._exposed and self._view.get("in_sync"):
+            parts.append("there is no guard, and another rule " + self._exposed)
+        else:
+            parts += self._particulars
         parts += [
             f"saved rules {one['path']} {one['state']}"
             for one in self._evidence.get("saved_rules", ())

@@ -21,8 +21,10 @@ from snatd.core.packet import (
     Check,
     Field,
     Hook,
+    Jump,
     Packet,
     Ranges,
+    Verdict,
     Within,
     addresses,
     covered,
@@ -259,14 +261,24 @@ def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
 
 def _accepting(rules: Rules, hook: Hook, source: Network, destination: Network) -> str:
     if command := _iptables(rules, hook):
-        chain = _DOCKER_USER if _DOCKER_USER in hook.chains else hook.chain
-        return shlex.join(
-            [*command, "-I", chain, "-s", str(source), "-d", str(destination), "-j", "ACCEPT"]
-        )
+        where = ["-s", str(source), "-d", str(destination)]
+        return shlex.join([*command, "-I", _own_place(hook), *where, "-j", "ACCEPT"])
     ip = _NFT_ADDRESS[rules.leased.family]
     of, _, table = hook.table.partition(" ")
     match = [ip, "saddr", str(source), ip, "daddr", str(destination)]
     return shlex.join(["nft", "insert", "rule", of, table, hook.chain, *match, "accept"])
+
+
+def _own_place(hook: Hook) -> str:
+    """DOCKER-USER is where Docker leaves an operator's rules alone; but behind a rule that may end
+    a packet's way it is of no use."""
+    for step in hook.chains.get(hook.chain, ()):
+        for action in step.parts:
+            if isinstance(action, Jump) and action.chain == _DOCKER_USER:
+                return _DOCKER_USER
+            if not isinstance(action, Check) and action is not Verdict.ACCEPT:
+                return hook.chain
+    return hook.chain
 
 
 def _iptables(rules: Rules, hook: Hook) -> list[str]:

@@ -475,6 +475,19 @@ def test_two_chains_drop_and_the_remedy_names_both(nft_lab: Lab, node: Node, sna
     assert found(snatd, 0) == {}
 
 
+def test_a_rule_before_dockers_place_for_an_operators_drops(
+    nft_lab: Lab, node: Node, snatd: Snatd
+) -> None:
+    dockers_rules(node, accept=False)
+    node.host.run("iptables", "-I", "FORWARD", "-d", "172.7.21.0/24", "-j", "DROP")
+    for one in found(snatd).values():
+        commands = [line for line in one["remedy"] if not line.startswith("#")]
+        assert all(line.startswith("iptables -I FORWARD -s ") for line in commands)
+        mend(node, one)
+    assert connected(nft_lab)
+    assert found(snatd, 0) == {}
+
+
 def test_some_neighbours_only(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
     """An operator's list of nodes that has grown old."""
     dockers_rules(node, accept=False)

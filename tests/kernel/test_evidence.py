@@ -91,9 +91,12 @@ def test_a_proof_ends_where_a_rule_could_undo_it(node: Node, snatd: Snatd) -> No
     assert status["state"] == "in sync", "the datagram was kept"
     (rule,) = status["suspects"][0]["rules"]
     assert "-o eth0 -p tcp -j MASQUERADE" in rule
+    assert "there is no guard, and another rule can SNAT" in status["status"]
+    assert "keeps its address" not in status["status"]
     add(node, "-D", "POSTROUTING", "-o", "eth0", "-p", "tcp", "-j", "MASQUERADE")
     snatd.wait_for("none_can_snat")
     until(lambda: snatd.status()["suspects"][0]["none"], "no suspect any more")
+    assert "keeps its address" in snatd.status()["status"]
 
 
 def test_what_contradicts_the_rules_is_said(nft_lab: Lab, tmp_path: Path) -> None:
