@@ -189,7 +189,7 @@ def _troubles(said: dict[str, Any]) -> Iterator[_Row]:
 
 _WAYS_OUT = {
     "drift": 'set `mode = "enforce"` in the configuration, then `systemctl reload snatd`',
-    "waiting": "see what is missing; snatd goes on as soon as it is there",
+    "waiting": "`snatd doctor` says what to do; snatd goes on as soon as that is there",
     "degraded": "`journalctl -x -u snatd` explains it, `snatd check` looks again",
 }
 

@@ -54,7 +54,10 @@ def _read(path: Path) -> str:
     try:
         # Whoever decides which networks there are decides what is masqueraded.
         if why := open_to_others(path):
-            raise LeaseError(f"not believed, since others could have written it: {why}")
+            raise LeaseError(
+                f"not believed, since others could have written it: {why}: read it, then "
+                "`chown root` and `chmod go-w`"
+            )
         # A regular file gives all that it has in one read.
         content = os.read(descriptor, LARGEST_FILE_BYTES + 1)
     finally:

@@ -6,6 +6,7 @@ Does not know what is in them; what to make of one, and whether that would load,
 from __future__ import annotations
 
 import enum
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -137,7 +138,9 @@ def rewrite(
     except (BackendError, RuleError, files.FileRefused) as error:
         return outcome(State.LEFT_ALONE, error)
     except OSError as error:
-        return outcome(State.NOT_WRITTEN, error.strerror)
+        # The unit's sandbox has the directories that there were at its start.
+        newer = ", or made after snatd started: systemctl restart snatd"
+        return outcome(State.NOT_WRITTEN, f"{error.strerror}{newer * (error.errno == errno.EROFS)}")
     return outcome(State.WRITTEN, edited=edited)
 
 

@@ -363,7 +363,7 @@ Break = Callable[[Node, Path], None]
         (break_quote, "left alone", "line: 1"),
         (break_kind, "left alone", "not a regular file"),
         (break_size, "left alone", "larger than 16 MiB"),
-        (break_mount, "not written", "Read-only file system"),
+        (break_mount, "not written", "Read-only file system, or made after"),
         (break_disk, "not written", "No space left on device"),
     ],
 )
