@@ -14,6 +14,7 @@ import snatd as product
 from tests.bench import bare
 from tests.bench.figures import Aim, Figure
 from tests.bench.site import Site
+from tests.lab.netns import until
 from tests.lab.network import OUTSIDE, Node
 from tests.lab.outside import bare_packets, count_bare
 from tests.lab.process import Snatd
@@ -37,6 +38,8 @@ def sources(site: Site, snatd: Snatd, count: int) -> list[Figure]:
         seen = _seen(site, count // 10, 0, lambda: False)
         figures.append(_figures(site, "without snatd, as a control", seen, 0, vital=False)[0])
         snatd.start()
+        # Until then egress hangs on the rival's own rule, which it deletes for some ms each time.
+        until(lambda: _is_narrowed(site), "the first narrowed rule")
         states: tuple[tuple[str, Callable[[], object]], ...] = (
             ("daemon alive", lambda: None),
             ("daemon killed", lambda: _kill(snatd)),
@@ -54,6 +57,10 @@ def sources(site: Site, snatd: Snatd, count: int) -> list[Figure]:
         assert snatd.status()["version"] == _NEWER, "the newer version did not start"
     snatd.stop()
     return figures
+
+
+def _is_narrowed(site: Site) -> bool:
+    return "--comment snatd " in site.node.host.run("iptables", "-t", "nat", "-S", "POSTROUTING")
 
 
 def _kill(snatd: Snatd) -> None:

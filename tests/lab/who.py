@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import selectors
 import socket
 import threading
@@ -134,7 +135,12 @@ def census(
             for destination in destinations:
                 with socket.socket(_family(destination), socket.SOCK_DGRAM) as caller:
                     caller.settimeout(timeout_s)
-                    caller.bind(("", first_port + number))
+                    try:
+                        caller.bind(("", first_port + number))
+                    except OSError as error:
+                        if error.errno != errno.EADDRINUSE:
+                            raise
+                        break  # somebody got it from the kernel
                     # Connected, or else a late answer of the one before would be taken for his.
                     caller.connect((destination, PORT))
                     try:

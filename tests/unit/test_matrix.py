@@ -8,11 +8,17 @@ import pytest
 
 from tests.matrix import table
 from tests.matrix.table import VERSIONS, Row
-from tests.matrix.tree import PROJECT
+from tests.matrix.tree import PROJECT, TREES
 
 README = (PROJECT / "README.md").read_text()
 BROKEN = Row("B, too", ("4.5",) * len(VERSIONS), legacy=False, tests=3, failed=("a.b[c | d]", "e"))
 ROWS = [Row("A", ("1.2",) * len(VERSIONS), legacy=True, tests=3), BROKEN]
+
+
+def test_the_readme_has_a_whole_run() -> None:
+    rows = table.read(README)
+    assert [row.distribution for row in rows] == [tree.distribution for tree in TREES]
+    assert all(row.tests > 2000 for row in rows)
 
 
 def test_a_table_is_put_in_its_place_and_nowhere_else() -> None:
