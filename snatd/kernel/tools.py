@@ -60,7 +60,7 @@ class Tools:
         Raises BackendBusy on a time-out, on exit 4 (iptables: another holds the lock) and where no
         process could be made; BackendFailed on any other exit but 0, when the output is thrown away
         since it may be cut (iptables prints half a list before it fails on an unknown extension),
-        and on output without an end.
+        and on output without an end; GaveWay, where `gives_way_to` says when.
         """
         limit_s = deadline.remaining_s(time.monotonic())
         child = self.start(argv, stdin=bool(stdin), environment=environment)
