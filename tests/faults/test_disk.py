@@ -129,7 +129,8 @@ def test_fault_26_a_saved_file(
     (told,) = snatd.wait_for("saved_rules_left_alone")
     assert fault in str(told["what"])
     assert path.read_text() == old
-    until(lambda: snatd.status()["saved_rules"][0]["state"] == "not written", "it told")
+    left = ["not written"]
+    until(lambda: [one["state"] for one in snatd.status()["saved_rules"]] == left, "it told")
     repaired(node)
     promises_hold(nft_lab)
     if fault == FULL:

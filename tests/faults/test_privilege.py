@@ -42,7 +42,8 @@ def test_it_drops_what_it_does_not_need(
     node.write_lease()
     shims, seen = Shims(node, tmp_path / "shims"), tmp_path / "seen"
     tool = f"iptables-{backend}"
-    shims.put(tool, f'cat /proc/self/status >{seen}; exec /usr/sbin/{tool} "$@"')
+    put = f"cat /proc/self/status >{seen}.$$; mv {seen}.$$ {seen}"  # never half of it to read
+    shims.put(tool, f'{put}; exec /usr/sbin/{tool} "$@"')
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     snatd = start(node)
     settled(snatd)
