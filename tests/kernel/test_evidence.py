@@ -165,7 +165,7 @@ def test_flows_that_were_wrong_before(
     if policy == "off":
         assert snatd.status()["flows"] == []
     else:
-        until(lambda: snatd.status()["flows"][0]["since"], "the count")
+        until(lambda: snatd.status()["flows"] and snatd.status()["flows"][0]["since"], "the count")
         (counted,) = snatd.status()["flows"]
         deleted = int(policy == "udp")
         assert (counted["stale"], counted["deleted"]) == (1 - deleted, deleted)
