@@ -134,7 +134,11 @@ def from_table(table: dict[str, Any], where: str) -> Config:
     known = [one.name for one in fields(Config)]
     for key, value in table.items():
         if key not in known:
-            complaints.append(f"{where}: {_shown(key)}: unknown key (known: {', '.join(known)})")
+            from difflib import get_close_matches  # 2 ms that no start without a mistake takes
+
+            meant = get_close_matches(key, known, 1)
+            help_ = f"is {meant[0]} meant?" if meant else "`man snatd.toml` has them all"
+            complaints.append(f"{where}: {_shown(key)}: unknown key; {help_}")
             continue
         try:
             values[key] = _value(key, value)

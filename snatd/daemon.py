@@ -87,7 +87,7 @@ class Daemon:
         self._episode = (time.monotonic(), 0)
         self._evidence = self._gather(Limiter())
         self._saving = self._look_after_files()
-        self._facts = Facts()
+        self._facts = Facts(settings.mode)
         self._counts = Counts()
         self._metrics = MetricsFile(settings.metrics_textfile)
 
@@ -254,6 +254,7 @@ class Daemon:
             # The lock and the status file stay where everybody looks for them until a restart.
             new = replace(new, runtime_dir=self._settings.runtime_dir)
             self._settings = new
+            self._facts.mode = new.mode
             journal.configure(new.log_format, new.log_level)
             self._log = journal.logger()
             self._edges = open_edges(new, self._tools, self._complain)
@@ -319,6 +320,8 @@ class Daemon:
         enforce = self._settings.mode == "enforce"
         programs = {one: {writer.program for writer in by} for one, by in causes.items()}
         self._counts.passed(done, programs, ended_s - started_s, ended_s, enforce=enforce)
+        # What was waited for came before what was done then.
+        self._say("holding", "info", list(done.view.holds), over="hold_ended", hint=_HOLD_HELP)
         self._tell_fight(done, causes, ended_s, was_fighting)
         if not (self._schedule.fighting and was_fighting):
             self._tell_changes(causes, triggers, ended_s - started_s)
@@ -428,7 +431,6 @@ class Daemon:
     def _tell_state(self, done: Pass) -> None:
         """Says what is new about the state, and nothing while nothing is."""
         view = done.view
-        self._say("holding", "info", list(view.holds), over="hold_ended", hint=_HOLD_HELP)
         self._say("cut_out", "info", list(report.cut_out_lines(view)))
         self._say(
             "no_guard", "warning", list(map(str, view.unguarded)), over="guarded", hint=_UNGUARDED
@@ -484,7 +486,7 @@ class Daemon:
         self._facts.found(self._evidence.document() | saved_rules, self._evidence.exposed)
         self._write_metrics(time.monotonic())
         try:
-            document = self._facts.document(self._settings.mode)
+            document = self._facts.document()
             pass_s = self._within_watchdog_s(_PASS_S)
             longest_silence_s = self._schedule.resync_s + pass_s + _SPARE_S
             status.write(self._settings.runtime_dir, document, longest_silence_s)
@@ -498,7 +500,7 @@ class Daemon:
 
     def _write_metrics(self, now_s: float) -> None:
         def metrics() -> tuple[Metric, ...]:
-            document = self._facts.document(self._settings.mode)
+            document = self._facts.document()
             waits = (lock.waits.count, lock.waits.total_s)
             return self._counts.metrics(document, self._settings.resync, waits)
 

@@ -187,11 +187,12 @@ def _lines(found: tuple[Finding, ...]) -> Iterator[str]:
     yield _total(found)
 
 
-_NOUNS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "note"}
-
-
 def _total(found: tuple[Finding, ...]) -> str:
     if not found:
         return "nothing found"
     numbers = {severity: sum(one.severity is severity for one in found) for severity in Severity}
-    return ", ".join(count(n, _NOUNS[severity]) for severity, n in numbers.items() if n)
+    return ", ".join(
+        f"{n} {severity.value}" if severity is Severity.INFO else count(n, severity.value)
+        for severity, n in numbers.items()
+        if n
+    )

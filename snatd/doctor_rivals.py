@@ -99,12 +99,13 @@ def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, .
         *early_rules(hooks, wanted),
         *(where for one in examined.view.plan for where in rivals.replaced(one)),
     }
-    yield from rivals.can_snat(wanted, _others(found.rules, known))
+    off = settings.policy.guard is GuardPolicy.OFF
+    yield from rivals.can_snat(wanted, _others(found.rules, known), guard_off=off)
     if _is_guarded(examined, wanted.family):
         yield from rivals.before_guard(found.earlier)
         would = rewriters(without_guard(hooks), found.packets)
         yield from rivals.only_guarded(wanted, _others(would, known))
-    if settings.policy.guard is not GuardPolicy.OFF:
+    if not off:
         yield from rivals.marks(hooks, settings.masquerade_marks)
 
 
@@ -218,6 +219,7 @@ def _daemon(examined: Examined) -> Found:
         if said := _said(word):
             if fight := said["fights"]["now"]:
                 yield rivals.fighting(fight)
+            yield from rivals.proved(said["proof"]["wrong"])
             refused = said["configuration_refused"]
             yield from boot.configuration_refused(refused["why"] if refused else ())
 

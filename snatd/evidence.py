@@ -391,15 +391,18 @@ class Evidence:
             flows.kept = flows.changed = 0
             flows.since, flows.before = now(), tally.ids
             self.say("flows_changed", "warning", "", about=desired.family)
-            if tally.wrong:
-                self.say(
-                    "stale_flows",
-                    "info",
-                    f"{count(tally.wrong, 'connection')} from {desired.subnet} seen as somebody "
-                    f"else, begun before the last change or start; {tally.deleted} deleted",
-                    same=(desired.family, tally.wrong, tally.deleted, flows.since),
-                    hint="snatd flows",
-                )
+            self.say(
+                "stale_flows",
+                "info",
+                f"{count(tally.wrong, 'connection')} from {desired.subnet} seen as somebody "
+                f"else, begun before the last change or start; {tally.deleted} deleted"
+                if tally.wrong
+                else "",
+                # The same ones after the next repair are no news; deleted ones were others.
+                same=(tally.wrong, flows.since if tally.deleted else None),
+                about=desired.family,
+                hint="snatd flows",
+            )
         else:
             flows.kept, flows.changed = tally.kept, tally.changed
             self.say(

@@ -28,9 +28,11 @@ def now() -> str:
 
 
 class Facts:
-    """Counts and last times since the start. `clock` gives the time, as `now` does."""
+    """Counts and last times since the start. `mode` as in snatd.toml; `clock` gives the time, as
+    `now` does."""
 
-    def __init__(self, clock: Callable[[], str] = now) -> None:
+    def __init__(self, mode: str, clock: Callable[[], str] = now) -> None:
+        self.mode = mode
         self._now = clock
         self.started_at = clock()
         self.repairs = 0
@@ -132,6 +134,8 @@ class Facts:
                 *why,
                 *parts,
             ]
+        if self.mode == "observe":
+            parts.append("mode is observe: nothing is changed")
         wrong = self._is_wrong()
         if wrong:
             parts.append("the rules are in sync, but " + wrong)
@@ -156,13 +160,13 @@ class Facts:
         wrong = self._evidence.get("proof", {}).get("wrong")
         return str(wrong[0]) if wrong and self._view.get("in_sync") else ""
 
-    def document(self, mode: str) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         return {
             **self._view,
             **self._evidence,
             **({"state": "degraded", "in_sync": False} if self._is_wrong() else {}),
             "version": __version__,
-            "mode": mode,
+            "mode": self.mode,
             "started_at": self.started_at,
             "written_at": self._now(),
             "status": self.headline(),

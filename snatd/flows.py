@@ -16,10 +16,10 @@ from snatd.kernel.conntrack import Sweep
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
 from snatd.reconcile import look
-from snatd.report import EXIT_FAILING, EXIT_OK, EXIT_WAITING, Answer
+from snatd.report import EXIT_FAILING, EXIT_OK, EXIT_WAITING, Answer, duration
 
 _LIMIT_S = 20.0
-_HEAD = ("PROTOCOL", "SOURCE", "DESTINATION", "SEEN AS", "ENDS IN", "AGE")
+_HEAD = ("PROTOCOL", "STATE", "SOURCE", "DESTINATION", "SEEN AS", "ENDS IN", "AGE")
 
 
 def read_leased(
@@ -60,6 +60,8 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
         warnings.append(f"only the first {len(shown)} of {wrong} are listed")
     if delete == "all" and any(tally.deleted for tally in tallies):
         warnings.append("a TCP connection that was deleted is reset with its next packet")
+    if delete == "udp" and any(flow.protocol != "udp" for flow in shown):
+        warnings.append("what is left is not UDP: `--delete all` ends it too, and resets TCP")
     document: dict[str, Any] = {
         "flows": [flow_document(flow) for flow in shown],
         "wrong": wrong,
@@ -98,6 +100,7 @@ def flow_document(flow: Flow) -> dict[str, Any]:
         "destination": str(key.destination),
         "destination_port": key.destination_port,
         "icmp": dict(zip(("type", "code", "id"), key.icmp, strict=True)) if key.icmp else None,
+        "state": flow.state or None,
         "seen_as": str(flow.seen_as),
         "timeout_s": flow.timeout_s,
         "age_s": flow.age_s,
@@ -106,10 +109,10 @@ def flow_document(flow: Flow) -> dict[str, Any]:
 
 def flow_lines(shown: Iterable[Flow]) -> tuple[str, ...]:
     """A table of flows. `ENDS IN` is what is left if no packet comes."""
-    rows = [_HEAD, *map(_row, shown)]
-    if all(row[-1] == "" for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = zip(_HEAD, *map(_row, shown), strict=True)
+    columns = [column for column in table if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
     return tuple(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
@@ -120,11 +123,12 @@ def _row(flow: Flow) -> tuple[str, ...]:
     key = flow.key
     return (
         flow.protocol,
+        flow.state,
         _end(str(key.source), key.source_port),
         _end(str(key.destination), key.destination_port),
         str(flow.seen_as),
-        "" if flow.timeout_s is None else f"{flow.timeout_s} s",
-        "" if flow.age_s is None else f"{flow.age_s} s",
+        "" if flow.timeout_s is None else duration(flow.timeout_s),
+        "" if flow.age_s is None else duration(flow.age_s),
     )
 
 

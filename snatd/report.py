@@ -70,7 +70,7 @@ def particulars(view: View) -> tuple[str, ...]:
     if view.plan:
         go = sum(len(one.removed) for one in view.plan)
         come = sum(len(one.added) for one in view.plan)
-        return (f"{count(go, 'rule')} to go, {come} to come",)
+        return (f"{count(go, 'rule')} to remove, {come} to add",)
     if view.holds:
         return (view.holds[0],)
     parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in view.leased]
@@ -83,6 +83,14 @@ def particulars(view: View) -> tuple[str, ...]:
 def clock(at: str, now: str) -> str:
     """A time of ISO 8601 as a person reads it: without the date if that is today's."""
     return at[11:19] if at[:10] == now[:10] else f"{at[:10]} {at[11:19]}"
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are some."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (10 if unit == "min" else 2) * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def diff(transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from snatd.report import (
     EXIT_WAITING,
     SEPARATOR,
     clock,
+    duration,
     plain,
 )
 
@@ -101,7 +102,7 @@ def _now(word: Word, said: dict[str, Any]) -> datetime:
 
 def _why_not(word: Word) -> tuple[str, ...]:
     """The headline where the word does not count."""
-    when = "of unknown age" if word.age_s is None else f"{_duration(word.age_s)} ago"
+    when = "of unknown age" if word.age_s is None else f"{duration(word.age_s)} ago"
     last = f"last word {when}, pid {word.pid}"
     return {
         Life.SILENT: (f"not answering: {last}", "it is stuck, or cannot write its status file"),
@@ -321,7 +322,7 @@ def _fights(said: dict[str, Any], now: datetime) -> Iterator[_Row]:
         yield _Row("fights", f"now with {fight['with']} since {since}, {repairs}", "red")
     if fight := fights["last"]:
         lasted_s = _seconds(fight["since"], datetime.fromisoformat(fight["ended_at"]))
-        lasted = f"lasted {_duration(lasted_s)}, {count(fight['repairs'], 'repair')}"
+        lasted = f"lasted {duration(lasted_s)}, {count(fight['repairs'], 'repair')}"
         when = _when(fight["since"], now)
         yield _Row("fights", f"{fights['count']}, last with {fight['with']}, {when}, {lasted}")
     if not fights["count"]:
@@ -351,16 +352,8 @@ def _when(at: str, now: datetime) -> str:
 def _ago(at: str, now: datetime) -> str:
     """Empty where somebody set the clock back since."""
     seconds = _seconds(at, now)
-    return f"{_duration(seconds)} ago" if seconds >= 0 else ""
+    return f"{duration(seconds)} ago" if seconds >= 0 else ""
 
 
 def _seconds(at: str, until: datetime) -> float:
     return (until - datetime.fromisoformat(at)).total_seconds()
-
-
-def _duration(seconds: float) -> str:
-    """In the largest unit of which there are some."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= (10 if unit == "min" else 2) * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"

@@ -19,9 +19,9 @@ from snatd.core.model import Address
 # libnetfilter_conntrack's default output (1.0.9): protocol, number, seconds left (none for an entry
 # that hardware keeps alive), state, the original tuple, the reply tuple, and then what there is.
 _LINE = re.compile(
-    r"(?P<name>[a-z0-9-]+) +(?P<number>\d{1,3}) (?:(?P<timeout>\d{1,10}) )?(?:[A-Z][A-Z0-9_]* )?"
-    r"src=(?P<source>\S+) dst=(?P<destination>\S+) (?P<original>.*?)"
-    r"src=(?P<reply_source>\S+) dst=(?P<reply_destination>\S+) (?P<reply>.*)"
+    r"(?P<name>[a-z0-9-]+) +(?P<number>\d{1,3}) (?:(?P<timeout>\d{1,10}) )?"
+    r"(?:(?P<state>[A-Z][A-Z0-9_]*) )?src=(?P<source>\S+) dst=(?P<destination>\S+) "
+    r"(?P<original>.*?)src=(?P<reply_source>\S+) dst=(?P<reply_destination>\S+) (?P<reply>.*)"
 )
 
 
@@ -41,7 +41,8 @@ class FlowKey:
 class Flow:
     """An entry. `id` is the kernel's, a hash of the tuple and of where the entry lies in memory.
 
-    `age_s` is known only where net.netfilter.nf_conntrack_timestamp is switched on.
+    `age_s` is known only where net.netfilter.nf_conntrack_timestamp is switched on. `state`: of
+    TCP and SCTP, and empty for others.
     """
 
     key: FlowKey
@@ -52,6 +53,7 @@ class Flow:
     answered_from_port: int | None
     timeout_s: int | None = None
     age_s: int | None = None
+    state: str = ""
     mark: int = 0
     zoned: bool = False
 
@@ -105,6 +107,7 @@ def parse_flow(line: str) -> Flow:
             answered_from_port=_number(reply.get("sport", reply.get("srckey"))),
             timeout_s=_number(match["timeout"], 32),
             age_s=_number(reply.get("delta-time"), 64),
+            state=match["state"] or "",
             mark=_whole(reply.get("mark", "0"), 32),
             zoned="zone" in match["original"] or "zone" in match["reply"],
         )

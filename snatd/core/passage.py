@@ -302,7 +302,15 @@ def _lasting(rules: Rules, hook: Hook) -> str:
     if _is_dockers(hook):
         return _DIRECT_ROUTING
     if _iptables(rules, hook):
-        return "# to last over a boot it has to be among the saved rules: man snatd, save"
+        if _own_place(hook) == _DOCKER_USER:
+            return (
+                "# to last over a boot: the same as ExecStartPost= of docker.service "
+                "(systemctl edit docker)"
+            )
+        return (
+            "# to last over a boot: among the saved rules (man snatd, save), which Debian's "
+            "iptables-persistent and EL's iptables-services load"
+        )
     return "# to last it has to be where this table is written"
 
 

@@ -122,5 +122,6 @@ def conclusion(probes: Sequence[Probe]) -> tuple[str, ...]:
     return (
         f"proved: {what} {' and '.join(found)}",
         "not proved: the same of a container's own packets, which also pass PREROUTING and FORWARD "
-        "and come in by the bridge, and of other protocols, marks and addresses",
+        "and come in by the bridge, of other protocols, marks and addresses; and that somebody is "
+        "there who got it",
     )

@@ -22,6 +22,9 @@ from snatd.core.trace import GUARD_PRIORITY, Answer, Place
 from snatd.core.writers import UNKNOWN, by, told, writer
 from snatd.core.xtables import iptables_of
 
+_GUARD_IT = (
+    '# guard = "auto" in snatd.toml, and systemctl reload snatd: then no such rule does harm; or:'
+)
 INSTALL_NFT = ("apt-get install nftables", "# Fedora, EL: dnf install nftables")
 # More lines of evidence nobody reads.
 _MOST_LINES = 8
@@ -41,6 +44,11 @@ _AT_ITS_SOURCE = {
     ),
     "flannel": ("systemctl restart flanneld",),
 }
+# Nothing that is wanted beside: a restart of Docker may restart its containers.
+_SOURCE_OF_BROAD = (
+    "# that is enough. So that Docker does not write it any more, some day: "
+    '"ip-masq": false in /etc/docker/daemon.json, systemctl restart docker'
+)
 _TABLES = {
     (family, backend): f"{legacy}{ip} nat"
     for family, ip in ((Family.V4, "ip"), (Family.V6, "ip6"))
@@ -121,7 +129,7 @@ def _broad(
     for docker in dockers if by_docker else ():
         on, why = docker.masquerades()
         evidence.append(why if on else f"{why}, so dockerd will not write it again")
-        remedy += _AT_ITS_SOURCE["Docker"] if on else ()
+        remedy += (_SOURCE_OF_BROAD,) if on else ()
     return Finding(
         "broad_rule",
         Severity.WARNING if guarded else Severity.ERROR,
@@ -133,8 +141,9 @@ def _broad(
     )
 
 
-def can_snat(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
-    """The rules that can SNAT cluster traffic; those for certain are graver."""
+def can_snat(wanted: Desired, answers: Sequence[Answer], *, guard_off: bool) -> Iterator[Finding]:
+    """The rules that can SNAT cluster traffic; those for certain are graver. `guard_off`: by
+    configuration."""
     for certain in (True, False):
         some_answers = [one for one in answers if certain == (not one.why)]
         if some_answers:
@@ -145,7 +154,7 @@ def can_snat(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
                 + ("" if certain else " under conditions"),
                 some((told(one) for one in some_answers), _MOST_LINES),
                 "other nodes see another address than the container's",
-                _remedies(some_answers),
+                ((_GUARD_IT,) if guard_off else ()) + _remedies(some_answers),
             )
 
 
@@ -180,6 +189,19 @@ def _remedy(place: Place) -> tuple[str, ...]:
             if parse(text).target:
                 return (rule_command(command, "-D", place.chain, text),)
     return (f"# whose it is ({who}) has to leave the cluster network out of it: {place}",)
+
+
+def proved(wrong: Sequence[str]) -> Iterator[Finding]:
+    """`wrong`: what the daemon says of its datagrams, which outweighs what rules seem to do."""
+    if wrong:
+        yield Finding(
+            "not_kept",
+            Severity.ERROR,
+            "a datagram of the daemon's did not keep its source",
+            some(wrong),
+            "so other nodes see another address than the container's",
+            ("snatd verify", "snatd check", "# they send another, and name the rule"),
+        )
 
 
 def before_guard(hooks: Iterable[Hook]) -> Iterator[Finding]:

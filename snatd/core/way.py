@@ -168,12 +168,14 @@ def bridge(
     off = [key for key, value in switched_off.items() if f"/{name}/" in key and value == "1"]
     yield Finding(
         "bridge_elsewhere",
-        Severity.ERROR if carried and name in busy else Severity.WARNING,
+        Severity.ERROR if name in busy and (carried or version == 4) else Severity.WARNING,
         f"{name} does not carry the address that flannel leased",
         (f"FLANNEL_SUBNET says {gateway}", f"{name} carries {said}", *(f"{k} = 1" for k in off)),
         "its containers get addresses to which no other node has a route"
         if carried
-        else "its containers get no address of the family that flannel leased",
+        else "its containers get no address of the family that flannel leased"
+        if version == 6
+        else "its containers have no gateway, so none of them reaches another node or is reached",
         (
             *(command for key in off for command in set_to(key, 0)),
             *(f"ip addr del {one} dev {shlex.quote(name)}" for one in carried),

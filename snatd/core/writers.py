@@ -61,7 +61,7 @@ def writer(table: str, chain: str, text: str) -> str:
 def by(table: str, chain: str, text: str) -> str:
     """The same for a sentence, empty where nobody is known."""
     who = writer(table, chain, text)
-    return "" if who == UNKNOWN else f" (written by {who})"
+    return "" if who == UNKNOWN else f" (as {who} writes it)"
 
 
 def told(answer: Answer) -> str:

@@ -39,7 +39,7 @@ def test_doctor_names_what_docker_28_drops(world: World) -> None:
         snatd.start()
     assert "TimeoutError" in call(node.pid_of("caller"), world.web, 80)
     assert findings(world.snatds[1])[FINDING] == [
-        f"ip raw PREROUTING rule 1 (written by Docker): -d {world.web}/32 ! -i docker0 -j DROP"
+        f"ip raw PREROUTING rule 1 (as Docker writes it): -d {world.web}/32 ! -i docker0 -j DROP"
     ]
     own = node.address_of("caller")
     assert any(f"-d {own}/32" in one for one in findings(world.snatds[0])[FINDING])

@@ -167,6 +167,9 @@ def test_it_waits_for_the_lease_and_for_the_bridge(node: Node, start: Start) -> 
     node.host.run("ip", "addr", "add", "172.7.21.1/24", "dev", "docker0")
     until(lambda: rules(node) == [NARROW], "the repair")
     assert "no device carries 172.7.21.1/24" in snatd.wait_for("hold_ended")[0]["was"][0]
+    snatd.wait_for("rule_narrowed")
+    names = [one["event"] for one in snatd.events()]
+    assert names.index("hold_ended") < names.index("rule_narrowed"), "what it had waited for"
 
 
 def test_fault_24_reload_takes_a_good_configuration_and_refuses_a_bad_one(

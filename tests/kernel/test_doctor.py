@@ -392,6 +392,7 @@ def test_docker_drops_what_is_forwarded_to_a_container(lab: Lab, tmp_path: Path,
         assert one["evidence"] == [f"{table} FORWARD policy drop"]
         command = "ip6tables" if v6 else "iptables"
         assert one["remedy"][0].startswith(f"{command} -I DOCKER-USER -s ")
+        assert "ExecStartPost= of docker.service" in one["remedy"][-1]
         mend(node, one)
         assert connected(lab, v6=v6)
         assert found(snatd, 0) == {}
@@ -558,9 +559,9 @@ def test_docker_28(lab: Lab, tmp_path: Path) -> None:
         assert list(all_found) == ["inbound_dropped", "direct_routing_dropped"]
         direct = all_found["direct_routing_dropped"]
         assert direct["evidence"][0].endswith(
-            "ip raw PREROUTING rule 1 (written by Docker): -d 172.7.21.2/32 ! -i docker0 -j DROP"
+            "ip raw PREROUTING rule 1 (as Docker writes it): -d 172.7.21.2/32 ! -i docker0 -j DROP"
         )
-        assert "DOCKER rule 2 (written by Docker)" in all_found["inbound_dropped"]["evidence"][0]
+        assert "DOCKER rule 2 (as Docker writes it)" in all_found["inbound_dropped"]["evidence"][0]
         assert "allow-direct-routing" in direct["remedy"][-1]
         for one in all_found.values():
             assert calls(lab) == NEITHER or one is direct
@@ -612,7 +613,7 @@ def test_docker_29_with_its_own_nft_table(nft_lab: Lab, node: Node, snatd: Snatd
         (all_found["inbound_dropped"], "filter-forward-in__docker0 rule 3"),
         (all_found["direct_routing_dropped"], "raw-PREROUTING rule 1"),
     ):
-        assert one["evidence"][0].startswith(f"ip docker-bridges {where} (written by Docker): ")
+        assert one["evidence"][0].startswith(f"ip docker-bridges {where} (as Docker writes it): ")
         assert "allow-direct-routing" in one["remedy"][-1]
         mend(node, one)
     assert connected(nft_lab)
@@ -1373,7 +1374,7 @@ def test_firewalld(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
     assert [one["name"] for one in all_found] == ["inbound_dropped"] * 2
     for one in all_found:
         assert one["evidence"] == [
-            f"inet firewalld {zone} rule 2 (written by firewalld): "
+            f"inet firewalld {zone} rule 2 (as firewalld writes it): "
             "reject with icmpx admin-prohibited"
         ]
         assert "firewall-cmd --permanent --zone=trusted" in one["remedy"][-1]

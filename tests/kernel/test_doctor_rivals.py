@@ -190,12 +190,13 @@ def test_dockers_rule(lab: Lab, tmp_path: Path, backend: str) -> None:
         one = there["broad_rule"]
         assert one["severity"] == "error"
         assert one["evidence"] == [
-            f"iptables-{backend} -t nat: -A POSTROUTING {BROAD} (written by Docker)",
+            f"iptables-{backend} -t nat: -A POSTROUTING {BROAD} (as Docker writes it)",
             f"dockerd (pid {dockerd.pid}): --ip-masq is not given, so it is on",
         ]
-        assert one["remedy"][0] == "snatd apply"
-        assert '"ip-masq": false' in one["remedy"][1]
-        assert one["remedy"][2] == "systemctl restart docker"
+        cure, source = one["remedy"]
+        assert cure == "snatd apply"
+        assert source.startswith("# that is enough.")
+        assert '"ip-masq": false' in source
         assert snatd.command("apply").returncode == 0
         silent(snatd)
         add(node, "-I", "POSTROUTING", *node.broad_rule)
@@ -257,7 +258,9 @@ def test_the_same_on_legacy(lab: Lab, tmp_path: Path, backend: str) -> None:
         assert snatd.command("apply").returncode == 0
         add(node, "-A", "POSTROUTING", "-m", "comment", "--comment", EVIL, "-j", "MASQUERADE")
         one = only(snatd, "can_snat", "error")
-        assert one["remedy"][0].startswith(f"iptables-{backend} -t nat -D POSTROUTING ")
+        guard, delete = one["remedy"]
+        assert guard.startswith('# guard = "auto" in snatd.toml')
+        assert delete.startswith(f"iptables-{backend} -t nat -D POSTROUTING ")
         heal(node, one)
         silent(snatd)
 
@@ -273,7 +276,7 @@ def test_rules_that_only_the_guard_makes_harmless(node: Node, snatd: Snatd) -> N
     one = only(snatd, "only_guarded", "info")
     assert len(one["evidence"]) == 9
     assert one["evidence"][-1] == "and 5 more"
-    assert "(written by CNI bridge)" in one["evidence"][0]
+    assert "(as CNI bridge writes it)" in one["evidence"][0]
     assert "/etc/cni/net.d" in one["remedy"][0]
     assert one["remedy"][1] == "iptables-nft -t nat -D POSTROUTING -o eth0 -j MASQUERADE"
     assert one["says"] == "without the guard 13 rules could hide containers of 172.7.21.0/24"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGHUP
+from typing import Any
 
 import pytest
 
@@ -171,6 +172,23 @@ def test_flows_that_were_wrong_before(
         assert (counted["stale"], counted["deleted"]) == (1 - deleted, deleted)
         assert "1 connection from 172.7.21.0/24" in snatd.events("stale_flows")[0]["what"]
     assert flow.seen_as() == (node.address if goes_on_as == "node" else node.container_address)
+
+
+def test_stale_flows_that_stay_are_told_once(lab: Lab, node: Node, snatd: Snatd) -> None:
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    flow = Udp(node.container, lab.nodes[1].container_address)
+    assert flow.seen_as() == node.address
+    snatd.start()
+
+    def counted() -> Any:
+        flows = snatd.status()["flows"]
+        return flows and flows[0]["since"]
+
+    since = until(counted, "the count")
+    add(node, "-I", "POSTROUTING", *node.broad_rule)
+    until(lambda: counted() != since, "the count after the repair")
+    assert snatd.status()["flows"][0]["stale"] == 1
+    assert len(snatd.events("stale_flows")) == 1
 
 
 def test_observe_deletes_no_flow(lab: Lab, node: Node, snatd: Snatd) -> None:

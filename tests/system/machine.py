@@ -24,6 +24,7 @@ from tests.lab.mounts import overlay
 from tests.lab.netns import Namespace, until
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NSPAWN = Path("/run/systemd/nspawn")
 _numbers = itertools.count(1)
 
 _REBOOT = 133
@@ -191,6 +192,11 @@ class Machine:
             with suppress(ProcessLookupError):
                 self._nspawn.kill()
             self._nspawn.wait(10)
+        # What systemd-nspawn leaves where it is killed.
+        root = os.stat(self.root)
+        with suppress(FileNotFoundError):
+            (_NSPAWN / "propagate" / self.name).rmdir()
+        (_NSPAWN / "locks" / f"inode-{root.st_dev}:{root.st_ino}").unlink(missing_ok=True)
         subprocess.run(["umount", "--lazy", str(self.root)], check=False, capture_output=True)
 
 

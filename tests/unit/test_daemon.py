@@ -143,7 +143,7 @@ def test_a_status_file_that_cannot_be_written_is_named(
     monkeypatch.setattr(status, "write", write)
     daemon._settings = Config()
     daemon._schedule = Schedule(resync_s=60)
-    daemon._facts = Facts()
+    daemon._facts = Facts("enforce")
     daemon._notifier = Notifier()
     daemon._schedule = Schedule(resync_s=60)
     daemon._saving = daemon._look_after_files()

@@ -41,7 +41,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.facts = Facts(self.clock)
+        self.facts = Facts("enforce", self.clock)
 
     def passed(
         self, view: View = IN_SYNC, *applied: Transaction, by: Writer | None = None
@@ -56,7 +56,7 @@ class Daemon:
         return self
 
     def document(self) -> dict[str, Any]:
-        return self.facts.document("enforce")
+        return self.facts.document()
 
     def since(self) -> str:
         return str(self.document()["since"])[14:16]
@@ -202,7 +202,7 @@ def test_a_refused_configuration_is_told_until_a_good_one_comes() -> None:
 
 
 def test_before_the_first_pass() -> None:
-    assert Facts(Clock()).headline() == "starting since 03:00:00 UTC - 0 repairs"
+    assert Facts("enforce", Clock()).headline() == "starting since 03:00:00 UTC - 0 repairs"
 
 
 def test_metrics_that_cannot_be_written_are_said() -> None:

@@ -202,6 +202,7 @@ def test_a_flow_as_json() -> None:
         "destination": "fd00:7:22::2",
         "destination_port": None,
         "icmp": {"type": 128, "code": 0, "id": 78},
+        "state": None,
         "seen_as": "fd00:4:7::21",
         "timeout_s": 29,
         "age_s": None,
@@ -218,3 +219,6 @@ def test_a_table_of_flows() -> None:
     aged = flow_lines([replace(flows[0], age_s=90)])
     assert aged[0].endswith("ENDS IN  AGE")
     assert aged[1].endswith("29 s     90 s")
+    tcp = replace(parse_flow(CAPTURED["tcp"]), timeout_s=431999)
+    assert [line.split()[1] for line in flow_lines([tcp])] == ["STATE", "TIME_WAIT"]
+    assert flow_lines([tcp])[1].endswith("5 d")

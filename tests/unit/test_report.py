@@ -76,7 +76,7 @@ def test_of_several_states_the_one_that_needs_a_person_most(
 
 def test_headlines() -> None:
     assert headline(seen(OURS)) == "in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16"
-    assert headline(seen(BROAD, BROAD)) == "drift: 2 rules to go, 1 to come"
+    assert headline(seen(BROAD, BROAD)) == "drift: 2 rules to remove, 1 to add"
     assert headline(View(wanted=HELD)) == "waiting: subnet.env: no such file"
     two = View(problems=(PROBLEM, PROBLEM))
     assert headline(two) == "degraded: ipv4 nft: table `nat' is incompatible (and 1 more)"

@@ -225,10 +225,14 @@ def test_evidence_of_a_broad_rule() -> None:
     found = one(rivals.drift(drift, False, [dockerd(ip_masq=False)], ("cure",)))
     assert found.severity is Severity.ERROR
     assert found.evidence == (
-        f"iptables-nft -t nat: -A POSTROUTING {BROAD} (written by Docker)",
+        f"iptables-nft -t nat: -A POSTROUTING {BROAD} (as Docker writes it)",
         '/etc/docker/daemon.json: "ip-masq": false, so dockerd will not write it again',
     )
     assert found.remedy == ("cure",)
+    # One command is enough; what stops Docker from writing it is there to read.
+    cure, source = one(rivals.drift(drift, False, [dockerd()], ("cure",))).remedy
+    assert (cure, source[0]) == ("cure", "#")
+    assert '"ip-masq": false' in source
     assert one(rivals.drift(drift, True, [], ())).severity is Severity.WARNING
     assert rivals.replaced(drift) == (("ip nat", "POSTROUTING", BROAD),)
     # An operator's: dockerd has nothing to do with it.
@@ -260,8 +264,21 @@ def test_remedies_know_the_writer() -> None:
     assert "# put the cluster network into its list nonMasqueradeCIDRs" in found.remedy
     assert "iptables-legacy -t nat -D POSTROUTING -o eth0 -j MASQUERADE" in found.remedy
     assert found.severity is Severity.INFO
-    certain = list(rivals.can_snat(WANTED, answers(xtables_hook("-j MASQUERADE"))))
-    assert [finding.severity for finding in certain] == [Severity.ERROR]
+    hides = answers(xtables_hook("-j MASQUERADE"))
+    certain = one(rivals.can_snat(WANTED, hides, guard_off=False))
+    assert certain.severity is Severity.ERROR
+    delete = "iptables-nft -t nat -D POSTROUTING -j MASQUERADE"
+    assert certain.remedy == (delete,)
+    first, second = one(rivals.can_snat(WANTED, hides, guard_off=True)).remedy
+    assert first.startswith('# guard = "auto" in snatd.toml')
+    assert second == delete
+
+
+def test_a_datagram_outweighs_the_rules() -> None:
+    assert not list(rivals.proved([]))
+    found = one(rivals.proved(["172.7.22.1 sees 10.4.7.21"]))
+    assert (found.name, found.severity) == ("not_kept", Severity.ERROR)
+    assert found.evidence == ("172.7.22.1 sees 10.4.7.21",)
 
 
 def test_marks_of_several_bits() -> None:

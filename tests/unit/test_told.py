@@ -53,7 +53,7 @@ class Story:
         self.node = of or node()
         self.policy = policy or Policy()
         self.tables = [FakeTables(Ruleset(f, b)) for f in (V4, V6) for b in (*IPTABLES, GUARD)]
-        self.facts = Facts(lambda: f"{self._now}.123+00:00")
+        self.facts = Facts("enforce", lambda: f"{self._now}.123+00:00")
         self.evidence: dict[str, Any] = {
             "suspects": [suspects("ipv4", none=True)],
             "proof": {"proved_at": None, "probed_at": None, "probes": [], "wrong": []},
@@ -95,8 +95,9 @@ class Story:
 
     def document(self, mode: str = "enforce") -> dict[str, Any]:
         """What is written into the status file now."""
+        self.facts.mode = mode
         self.facts.found(self.evidence)
-        return dict(json.loads(json.dumps({"pid": 27287, **self.facts.document(mode)})))
+        return dict(json.loads(json.dumps({"pid": 27287, **self.facts.document()})))
 
 
 GUARD = Backend.GUARD
@@ -157,7 +158,7 @@ def drift() -> dict[str, Any]:
         suspects=[
             suspects(
                 "ipv4",
-                rules=["ip nat POSTROUTING rule 1 (written by Docker): " + BROAD],
+                rules=["ip nat POSTROUTING rule 1 (as Docker writes it): " + BROAD],
                 before_guard=["ip early post (priority -199)"],
                 unknown=["nft is not installed"],
             )
