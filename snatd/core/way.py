@@ -369,12 +369,13 @@ CONNECTION_TABLE = "stat/nf_conntrack"
 
 
 def connections_full(entries: int, most: int, refused: Mapping[str, int]) -> Iterator[Finding]:
-    """`refused`: counters of connections that were dropped, or ended early to make room."""
+    """`refused`: counters of connections that were ended early to make room, or dropped, for which
+    the kernel has other reasons too."""
     if severity := _fullness(entries, most, any(refused.values())):
         yield Finding(
             "connections_full",
             severity,
-            "the table of connections was full once"
+            "the table of connections may have been full once"
             if severity is Severity.INFO
             else "the table of connections is full, or nearly",
             tuple(_counted(CONNECTION_LIMIT, entries, most, refused, CONNECTION_TABLE)),
