@@ -7,98 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from snatd import doctor_rivals, doctor_way
 from snatd.config import Config
 from snatd.core.deadline import Deadline
-from snatd.core.desired import Desired
 from snatd.core.errors import BackendError
 from snatd.core.finding import Finding, Severity, in_order
-from snatd.core.model import Family, NodeState, count
-from snatd.core.packet import Hook, Ranges, address_types
-from snatd.core.programs import Process
+from snatd.core.model import count
 from snatd.core.rivals import INSTALL_NFT
-from snatd.core.surroundings import Device
-from snatd.core.word import Word
-from snatd.doctor_way import Found, Reached, read_reached
-from snatd.host import processes
-from snatd.host.status import StatusFile
-from snatd.kernel.hooks import Hooks, Kind, read_hooks
+from snatd.examined import Examined, Found
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
-from snatd.reconcile import View, look
+from snatd.reconcile import look
 from snatd.report import EXIT_DRIFT, EXIT_OK, Answer
 
-# Of the look, and of each reading of rules, which takes some milliseconds.
-_LIMIT_S, _RULES_S = 20.0, 5.0
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What every check may ask: the configuration, the last look, and what is leased in it. What
-    several ask for is read once."""
-
-    settings: Config
-    tools: Tools
-    view: View
-    rules_read: dict[tuple[Family, str], Hooks] = field(default_factory=dict)
-
-    @property
-    def leased(self) -> tuple[Desired, ...]:
-        return self.view.leased
-
-    @property
-    def node(self) -> NodeState | None:
-        """None where it could not be read; the view says why."""
-        return self.view.node
-
-    @property
-    def deadline(self) -> Deadline:
-        """For one call of a tool or a few."""
-        return Deadline(time.monotonic() + _RULES_S)
-
-    def hooks(self, family: Family, *kinds: Kind) -> tuple[Hook, ...]:
-        """The base chains of some kinds; what of them cannot be read is told at the end. Raises
-        BackendError."""
-        for one in kinds:
-            if (family, one.hook) not in self.rules_read:
-                read = read_hooks(family, self.tools, self.deadline, one)
-                self.rules_read[family, one.hook] = read
-        return tuple(hook for one in kinds for hook in self.rules_read[family, one.hook].hooks)
-
-    def types(self, family: Family) -> tuple[tuple[str, Ranges], ...]:
-        """The node's own addresses by their types. Raises BackendError."""
-        from snatd.kernel.links import read_sources
-
-        _, local, broadcast = read_sources(family)
-        return address_types(family, local, broadcast)
-
-    @cached_property
-    def programs(self) -> tuple[Process, ...]:
-        """Those that have to do with containers."""
-        return processes.find(doctor_rivals.PROGRAMS)
-
-    @cached_property
-    def word(self) -> Word:
-        """The daemon's."""
-        return StatusFile(self.settings.runtime_dir).word()
-
-    @cached_property
-    def devices(self) -> tuple[Device, ...]:
-        """Raises BackendError."""
-        from snatd.kernel.links import read_devices
-
-        return read_devices()
-
-    @cached_property
-    def reached(self) -> tuple[Reached, ...]:
-        """What is around each family that has a bridge. Raises BackendError."""
-        return read_reached(self)
-
-
+_LIMIT_S = 20.0
 SCHEMA = 1
 
 

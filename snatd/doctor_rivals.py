@@ -7,40 +7,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from snatd import suspects, told
 from snatd.core import boot, docker, programs, rivals
 from snatd.core.desired import Desired
 from snatd.core.errors import RuleError
-from snatd.core.finding import Finding
 from snatd.core.flannel_rules import early_rules, flannel_rules
 from snatd.core.model import Backend, Family, GuardPolicy, Lease
 from snatd.core.packet import Hook
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
 from snatd.core.word import Life, Word
+from snatd.examined import WITH_CNI, Examined, Found
 from snatd.host import files, processes, status
-from snatd.host.docker import NAMES, read_dockers
+from snatd.host.docker import read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
 from snatd.kernel.hooks import FORWARD, NAT, Hooks
-
-if TYPE_CHECKING:
-    from snatd.doctor import Examined
-
-Found = Iterator[Finding]
 
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
 _CHECK_ORDER = "/usr/libexec/snatd/check-order"
 _PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,After,Before"
 _SYSCONFIG = (Path("/etc/sysconfig/iptables-config"), Path("/etc/sysconfig/ip6tables-config"))
 _LARGEST_TEXT_BYTES = 1 << 20
-# Where these run, CNI gives containers their addresses, and Docker does something else.
-_WITH_CNI = ("kubelet", *programs.K3S)
-PROGRAMS = (*NAMES, *_WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
 
 
 def _drift(examined: Examined) -> Found:
@@ -129,7 +121,7 @@ def _backends(examined: Examined) -> Found:
 def _programs(examined: Examined) -> Found:
     """How Docker, flannel and kube-proxy were started, and whether snatd was more than once."""
     there = examined.programs
-    by_cni = any(one.name in _WITH_CNI for one in there)
+    by_cni = any(one.name in WITH_CNI for one in there)
     lease = examined.node.lease if examined.node else None
     for dockerd in read_dockers(there):
         yield from docker.file(dockerd)

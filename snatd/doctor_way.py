@@ -1,115 +1,27 @@
-"""`snatd doctor`: reads what the checks of the packets' way are asked about, and asks them.
+"""The checks of `doctor` on the way of packets through this node.
 
-Which other programs write what is not looked at here. Decides nothing: `core.way`, `routes`,
-`sizes` and `passage` do.
+Each reads what it is about and asks `core`. Which other programs write what is not looked at here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from snatd.core import passage, routes, sizes, way
-from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
-from snatd.core.model import Address, Family, Hold, Lease, Network
-from snatd.core.networks import contains, subtract
+from snatd.core.model import Address, Family, Hold, Lease
+from snatd.core.networks import subtract
 from snatd.core.packet import Hook
-from snatd.core.passage import Leg, Rules
-from snatd.core.proof import Route, unused_address
-from snatd.core.surroundings import UNICAST, Device, Hop, Surroundings, into
+from snatd.core.passage import Rules
+from snatd.core.surroundings import UNICAST, Device, Hop
+from snatd.examined import Examined, Found, Reached, first_container
 from snatd.kernel.hooks import FORWARD, INPUT, NAT, PREROUTING, has_kube_proxy
 from snatd.kernel.sysctls import read_counter, read_number, read_sysctl, read_table
-
-if TYPE_CHECKING:
-    from snatd.doctor import Examined
-
-Found = Iterator[Finding]
 
 # Of a look at connections, of which a part will do.
 _CONNECTIONS_S = 3.0
 # Routes that are asked of the kernel one by one, 1 ms each.
 _MOST_ROUTES = 32
-
-
-@dataclass(frozen=True)
-class Reached:
-    """One family with a bridge. `spare`: an address of the subnet that no container has. `there`:
-    the routes into the networks; `legs`: what is behind them. `tells`: whether the kernel says
-    where it would forward to, and nothing is known to be wrong with the bridge."""
-
-    leased: Desired
-    bridge: str
-    spare: Address
-    around: Surroundings
-    there: tuple[Hop, ...]
-    legs: tuple[Leg, ...]
-    tells: bool
-
-    @property
-    def coming_in(self) -> tuple[str, ...]:
-        """The devices by which the containers' packets come in, from here and from there."""
-        return tuple(dict.fromkeys((self.bridge, *(leg.device for leg in self.legs))))
-
-
-def read_reached(examined: Examined) -> tuple[Reached, ...]:
-    """Raises BackendError."""
-    from snatd.kernel.links import read_surroundings
-
-    return tuple(
-        _reached(one, one.bridge, examined, read_surroundings(one.family, examined.devices))
-        for one in examined.leased
-        if isinstance(one.bridge, str)
-    )
-
-
-def _reached(leased: Desired, bridge: str, examined: Examined, around: Surroundings) -> Reached:
-    assert examined.node is not None
-    own = {address.ip for link in examined.node.links for address in link.addresses}
-    used = own | {one.address for one in around.neighbours}
-    known = [Route(one.destination, "") for one in around.routes]
-    last = leased.subnet[-2 if leased.subnet.num_addresses > 2 else 0]
-    spare = unused_address(leased.subnet, used, known) or last
-    there = into(around.routes, leased.networks, leased.subnet)
-    legs = _legs(leased, there) or _by_default(leased)
-    device, lease = around.device(bridge), examined.node.lease
-    of_family = None if isinstance(lease, Hold) else lease.of(leased.family)
-    carriers = [
-        link for link in examined.node.links if of_family and of_family.gateway in link.addresses
-    ]
-    forwards = read_sysctl(way.FORWARDING[leased.family].all) != "0"
-    tells = forwards and len(carriers) == 1 and device is not None and device.up
-    return Reached(leased, bridge, spare, around, there, legs, tells)
-
-
-def _legs(leased: Desired, there: tuple[Hop, ...]) -> tuple[Leg, ...]:
-    behind: dict[str, list[Network]] = {}
-    for one in there:
-        if one.kind == UNICAST and one.device not in ("", leased.bridge):
-            inside = any(contains(some, one.destination) for some in leased.networks)
-            wide = [some for some in leased.networks if contains(one.destination, some)]
-            parts = subtract([one.destination] if inside else wide, leased.subnet)
-            if parts:
-                behind.setdefault(one.device, []).extend(parts)
-    return tuple(Leg(device, tuple(dict.fromkeys(parts))) for device, parts in behind.items())
-
-
-def _by_default(leased: Desired) -> tuple[Leg, ...]:
-    """Where no route tells: what the kernel would do with the first of each network."""
-    from snatd.kernel.links import find_route
-
-    for network in leased.networks:
-        for part in subtract((network,), leased.subnet)[:1]:
-            found = find_route(_first(part))
-            if found is not None and not found.local:
-                return (Leg(found.device, (part,)),)
-    return ()
-
-
-def _first(network: Network) -> Address:
-    """What a container may have there."""
-    return network.network_address + min(2, network.num_addresses - 1)
 
 
 def _lease(examined: Examined) -> Found:
@@ -188,7 +100,9 @@ def _policy(examined: Examined) -> Found:
     for one in examined.reached:
         if one.tells:
             asked = [_ask(one.spare)]
-            asked += [_ask(one.spare, _first(leg.networks[0]), leg.device) for leg in one.legs]
+            asked += [
+                _ask(one.spare, first_container(leg.networks[0]), leg.device) for leg in one.legs
+            ]
             elsewhere = list(way.to_containers(one.leased, asked, one.around))
             yield from elsewhere
             if not elsewhere:
@@ -198,7 +112,7 @@ def _policy(examined: Examined) -> Found:
 def _asked_of(one: Reached) -> list[tuple[Hop, way.Asked]]:
     asked = []
     for hop in one.there[:_MOST_ROUTES]:
-        destination = _first(subtract((hop.destination,), one.leased.subnet)[0])
+        destination = first_container(subtract((hop.destination,), one.leased.subnet)[0])
         led = one.around.route(destination)
         if hop.kind == UNICAST and led is not None and led.destination == hop.destination:
             asked.append((hop, _ask(destination, one.spare, one.bridge)))
@@ -214,7 +128,7 @@ def _reverse_path(examined: Examined) -> Found:
         others = []
         for hop, device, met in way.aside(usable, one.around, one.bridge)[:_MOST_ROUTES]:
             checks = {name: read_sysctl(name) for name in map(key.format, ("all", device))}
-            refused = _ask(one.spare, _first(hop.destination), device).device is None
+            refused = _ask(one.spare, first_container(hop.destination), device).device is None
             others.append(way.Aside(hop, device, met, checks, refused))
         dropped = read_counter("TcpExt", "IPReversePathFilter")
         yield from way.reverse_path(one.leased, others, dropped)

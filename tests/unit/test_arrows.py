@@ -110,7 +110,7 @@ def test_only_the_wiring_knows_both_sides() -> None:
             any(inside(i, side) for i in imports(path)) for side in ("snatd.host", "snatd.kernel")
         )
     ]
-    wiring = {"node", "daemon", "cli", "facts", "doctor", "doctor_rivals"}
+    wiring = {"node", "daemon", "cli", "facts", "doctor_rivals", "examined"}
     assert {one.removeprefix("snatd.") for one in both} <= wiring
 
 
