@@ -106,7 +106,9 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(report.document(view) | {"suspects": suspects.document(found)})
     else:
-        _print_lines((*report.lines(view, view.plan), *suspects.lines(found)))
+        exposed = any(one.rules for one in found)
+        shown = report.lines(view, view.plan, exposed=exposed)
+        _print_lines((*shown, *suspects.lines(found)))
     return report.exit_code(view)
 
 

@@ -395,13 +395,12 @@ class Daemon:
             self._log.info("fight_ended", writer=writer, repairs=repairs, lasted_s=lasted_s)
             self._episode = (ended_s, self._facts.repairs)
             return
-        told = join(names) if names else None
-        self._facts.fights(told, repairs, lasted_s)
+        self._facts.fights(names, repairs, lasted_s)
         if not was_fighting:
             self._counts.fights += 1
             self._log.warning(
                 "fighting",
-                writer=told,
+                writer=join(names) if names else None,
                 repairs=repairs,
                 lasted_s=lasted_s,
                 guard=report.guard_meanwhile(done.view),
@@ -435,7 +434,8 @@ class Daemon:
         self._say(
             "no_guard", "warning", list(map(str, view.unguarded)), over="guarded", hint=_UNGUARDED
         )
-        # The first time-outs of a busy lock are nobody's worry; the third in a row is.
+        # The first time-outs of a busy lock are nobody's worry, nor is a rival who was quicker; the
+        # third in a row is.
         busy = report.is_busy(view) and self._schedule.failures < 3
         if not busy:
             level = "warning" if report.is_busy(view) else "error"
@@ -534,7 +534,7 @@ def _causes(
 _UNGUARDED = (
     "only the rules are narrowed: until a repair, and by chains of others, some may be SNATed"
 )
-_HOLD_HELP = "nothing is changed or removed meanwhile; it goes on by itself"
+_HOLD_HELP = "what hangs on it is not changed or removed meanwhile; it goes on by itself"
 _FAILED_HELP = "tried again at least every 30 s; snatd check"
 _FIGHT_HELP = (
     "have that program not write it; repairs go on, up to 5 s apart, not logged one by one"

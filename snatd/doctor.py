@@ -40,6 +40,13 @@ def doctor(settings: Config) -> Answer:
     )
 
 
+# iptables-nft prints nothing of a table in which a rule is that only nft can write.
+_LEGIBLE = (
+    "nft -a list ruleset",
+    "# move the rule that iptables cannot write out of iptables' tables into one of its own",
+)
+
+
 def _problems(examined: Examined) -> Found:
     for problem in examined.view.problems:
         yield Finding(
@@ -48,7 +55,7 @@ def _problems(examined: Examined) -> Found:
             "a table cannot be read, so snatd cannot keep it right",
             (str(problem),),
             "rules in it may hide containers, and nobody would see",
-            ("snatd check",),
+            _LEGIBLE if "use 'nft' tool" in str(problem) else ("snatd check",),
         )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, .
     if _is_guarded(examined, wanted.family):
         yield from rivals.before_guard(found.earlier)
         would = rewriters(without_guard(hooks), found.packets)
+        known |= {where for one in found.rules if (where := _where(one))}
         yield from rivals.only_guarded(wanted, _others(would, known))
     if not off:
         yield from rivals.marks(hooks, settings.masquerade_marks)
@@ -211,9 +213,23 @@ def _daemon(examined: Examined) -> Found:
         if said := _said(word):
             if fight := said["fights"]["now"]:
                 yield rivals.fighting(fight)
+            else:
+                yield from _often(said["recent_repairs"])
             yield from rivals.proved(said["proof"]["wrong"])
             refused = said["configuration_refused"]
             yield from boot.configuration_refused(refused["why"] if refused else ())
+
+
+def _often(repairs: Sequence[Mapping[str, Any]]) -> Found:
+    now = datetime.now(UTC)
+    by_rivals = [one for one in repairs if one["trigger"] != "start"]
+    ages_s = [(now - datetime.fromisoformat(one["at"])).total_seconds() for one in by_rivals]
+    writers = [
+        f"{who['comm']}{' of ' + who['of'] if who['of'] else ''}"
+        for one in by_rivals
+        for who in one["writers"]
+    ]
+    yield from rivals.often(ages_s, writers)
 
 
 def _said(word: Word) -> dict[str, Any] | None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snatd.core import passage, routes, sizes, way
+from snatd.core import docker, passage, routes, sizes, way
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import Address, Family, Hold, Lease
 from snatd.core.networks import subtract
 from snatd.core.packet import Hook
 from snatd.core.passage import Rules
 from snatd.core.surroundings import UNICAST, Device, Hop
-from snatd.examined import Examined, Found, Reached, first_container
+from snatd.examined import WITH_CNI, Examined, Found, Reached, first_container
 from snatd.kernel.hooks import FORWARD, INPUT, NAT, PREROUTING, has_kube_proxy
 from snatd.kernel.sysctls import read_counter, read_number, read_sysctl, read_table
 
@@ -39,6 +39,8 @@ def _bridge(examined: Examined) -> Found:
     node = examined.node
     if node is None or not isinstance(node.lease, Lease):
         return
+    by_cni = any(one.name in WITH_CNI for one in examined.programs)
+    dockerds = [one.pid for one in examined.programs if docker.is_daemon(one) and not by_cni]
     for family, lease in node.lease.families:
         if not node.has(family):
             yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))
@@ -46,7 +48,7 @@ def _bridge(examined: Examined) -> Found:
         key = way.SWITCHED_OFF.get(family)
         names = [link.name for link in node.links] if key else []
         off = {key.format(name): read_sysctl(key.format(name)) for name in names if key}
-        yield from way.bridge(lease, node.links, examined.devices, off)
+        yield from way.bridge(lease, node.links, examined.devices, off, dockerds)
 
 
 def _forwarding(examined: Examined) -> Found:

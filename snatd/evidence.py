@@ -134,13 +134,19 @@ class Evidence:
 
     @property
     def exposed(self) -> str:
-        """The first rule that can SNAT cluster traffic with no guard before it; empty if none."""
-        if not self._found.suspects:
+        """What of this node can SNAT cluster traffic, the first; empty if nothing can for certain
+        or nothing is known."""
+        exposed = [one for one in self._found.suspects if one.rules]
+        if not exposed:
             return ""
         from snatd.suspects import rule_lines
 
-        bare = [one for one in self._found.suspects if one.guarded is False]
-        return next(iter(rule_lines(bare)), "")
+        why = {
+            True: "the guard does not decide",
+            False: "there is no guard",
+            None: "whether a guard decides is not known",
+        }[exposed[0].guarded]
+        return f"{why}, and another rule {rule_lines(exposed)[0]}"
 
     def passed(
         self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
@@ -240,7 +246,11 @@ class Evidence:
         for one in self._leased:
             found += (suspects.of_family(one, self.settings.marks, tools, deadline),)
             yield
-        proved_at = self._found.proved_at if all(one.none for one in found) else ""
+        none = all(one.none for one in found)
+        if none and self._found.wrong and any(one.rules for one in self._found.suspects):
+            # Whose doing it was is gone. That it is right again has to be seen yet.
+            self._found, self._unproved = replace(self._found, wrong=()), True
+        proved_at = self._found.proved_at if none else ""
         self._found = replace(self._found, suspects=found, proved_at=proved_at)
         self.say(
             "can_snat",

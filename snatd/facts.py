@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from snatd import __version__, report
-from snatd.core.model import count
+from snatd.core.model import count, join
 from snatd.core.plan import Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
@@ -42,6 +42,7 @@ class Facts:
         self.last_pass: dict[str, Any] | None = None
         self.metrics_problem: str | None = None
         self._fight: dict[str, Any] | None = None
+        self._placed = False  # whether the unit or parent of who is fought with is known
         self._fights = 0
         self._last_fight: dict[str, Any] | None = None
         self._refused: dict[str, Any] | None = None
@@ -77,8 +78,8 @@ class Facts:
         self.last_event = {"at": self._now(), "source": source, "writer": by}
 
     def found(self, evidence: dict[str, Any], exposed: str = "") -> None:
-        """What was found out beside the rules, in place of what was before. `exposed`: the rule
-        that can SNAT cluster traffic as there is no guard."""
+        """What was found out beside the rules, in place of what was before. `exposed`: which rule
+        can SNAT cluster traffic, and why the guard does not keep it from that."""
         self._evidence, self._exposed = evidence, exposed
         self._enter()
 
@@ -86,14 +87,20 @@ class Facts:
         """A new configuration was refused, or, with None, taken."""
         self._refused = None if complaints is None else {"at": self._now(), "why": list(complaints)}
 
-    def fights(self, rival: str | None, repairs: int, lasted_s: float) -> None:
-        """A fight begins or goes on. None: with somebody whom the kernel does not name."""
+    def fights(self, rivals: Sequence[Writer], repairs: int, lasted_s: float) -> None:
+        """A fight begins or goes on. Empty: with somebody whom the kernel does not name. A rival
+        whose unit or parent was seen once is not replaced by one that was gone too early."""
         if self._fight is None:
             self._fights += 1
             began = datetime.fromisoformat(self._now()) - timedelta(seconds=lasted_s)
             since = began.isoformat(timespec="milliseconds")
             self._fight = {"with": "a program that the kernel does not name", "since": since}
-        self._fight |= {"with": rival or self._fight["with"], "repairs": repairs}
+            self._placed = False
+        placed = any(one.of for one in rivals)
+        if rivals and (placed or not self._placed):
+            self._fight["with"] = join(rivals)
+        self._placed = self._placed or placed
+        self._fight["repairs"] = repairs
 
     def fight_ended(self, repairs: int) -> str:
         """Returns whose it was."""
@@ -113,7 +120,7 @@ class Facts:
         """STATUS=: what most needs to be known comes first. Plain ASCII, see `report.headline`."""
         told = list(self._headline(whole=True))
         proved_at = self._evidence.get("proof", {}).get("proved_at")
-        if proved_at and not self._is_wrong():
+        if proved_at and not (self._is_wrong() or self._changed()):
             told.append(f"proved at {self._clock(proved_at)}")
         return report.SEPARATOR.join((*told, count(self.repairs, "repair")))
 
@@ -126,6 +133,9 @@ class Facts:
                 "it undoes each repair",
                 f"at the last look {self._state}",
             ]
+            guards = [one["in_place"] for one in self._view.get("guard", ())]
+            if self._state != "in sync" and guards and all(guards):
+                parts.append("the guard keeps cluster addresses meanwhile")
         if self._refused:
             at = self._clock(self._refused["at"])
             why = self._refused["why"] if whole else ()
@@ -134,13 +144,16 @@ class Facts:
                 *why,
                 *parts,
             ]
+        changed = self._changed()
         if self.mode == "observe":
             parts.append("mode is observe: nothing is changed")
         wrong = self._is_wrong()
         if wrong:
             parts.append("the rules are in sync, but " + wrong)
         elif self._exposed and self._view.get("in_sync"):
-            parts.append("there is no guard, and another rule " + self._exposed)
+            parts.append(self._exposed)
+        elif changed and self._view.get("in_sync"):
+            parts.append(f"{count(changed, 'new connection')} did not keep their address")
         else:
             parts += self._particulars
         parts += [
@@ -151,6 +164,10 @@ class Facts:
         if self.metrics_problem:
             parts.append(f"metrics not written: {self.metrics_problem}")
         return tuple(map(report.plain, parts))
+
+    def _changed(self) -> int:
+        """The containers' own connections are a better proof than a datagram of ours."""
+        return sum(one["changed_since"] for one in self._evidence.get("flows", ()))
 
     def _clock(self, at: str) -> str:
         return f"{report.clock(at, self._now())} UTC"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from snatd.core.errors import BackendBusy
+from snatd.core.errors import BackendBusy, NotConverged
 from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count
 from snatd.core.plan import Transaction
 from snatd.core.proof import Probe
@@ -212,13 +212,20 @@ def probe_document(one: Probe) -> dict[str, Any]:
 
 
 def is_busy(view: View) -> bool:
-    """Whether what is wrong may pass by itself: a lock or a tool that did not answer in time."""
-    return bool(view.problems) and all(isinstance(one.error, BackendBusy) for one in view.problems)
+    """Whether what is wrong may pass by itself: a lock or a tool that did not answer in time, or a
+    rival who was quicker."""
+    passing = (BackendBusy, NotConverged)
+    return bool(view.problems) and all(isinstance(one.error, passing) for one in view.problems)
 
 
-def lines(view: View, transactions: Iterable[Transaction], note: str = "") -> tuple[str, ...]:
-    """What `check` and `apply` print: the headline, the diff, and what else there is to know."""
+def lines(
+    view: View, transactions: Iterable[Transaction], note: str = "", *, exposed: bool = False
+) -> tuple[str, ...]:
+    """What `check` and `apply` print: the headline, the diff, and what else there is to know.
+    `exposed`: somebody else's rule can SNAT cluster traffic all the same."""
     head = headline(view)
+    if exposed and view.in_sync:
+        head = "in sync: nothing is to be changed, but a rule of somebody else's can hide addresses"
     notes = [f"waiting: {reason}" for reason in view.holds if reason not in head]
     notes += [f"problem: {problem}" for problem in view.problems if str(problem) not in head]
     notes += [f"no guard: {problem}" for problem in view.unguarded]

@@ -136,7 +136,8 @@ def _way_out(word: Word) -> str:
         Life.UNSEEN_SILENT: "ask outside of this container, or as root",
         Life.GONE: "`systemctl start snatd`; `journalctl -u snatd` says how it ended. Guard and "
         "rules stay meanwhile; what somebody writes to them is not repaired",
-        Life.ABSENT: "`systemctl start snatd`; `journalctl -u snatd` says why it does not stay",
+        Life.ABSENT: "`snatd check` says whether its configuration will do, and `journalctl -u "
+        "snatd` why it does not stay; then `systemctl start snatd`",
         Life.STARTING: "ask again in some seconds",
         Life.ELSEWHERE: "ask where the daemon runs",
         Life.UNREADABLE: "`systemctl restart snatd` writes it anew",
@@ -160,7 +161,11 @@ def _colour(said: dict[str, Any]) -> str:
         return "red"
     if said["configuration_refused"]:
         return "yellow"
-    return {"in sync": "green", "degraded": "red"}.get(said["state"], "yellow")
+    doubt = any(one["rules"] for one in said["suspects"])
+    doubt = doubt or any(one["changed_since"] for one in said["flows"])
+    if said["state"] == "in sync":
+        return "yellow" if doubt else "green"
+    return "red" if said["state"] == "degraded" else "yellow"
 
 
 def _troubles(said: dict[str, Any]) -> Iterator[_Row]:

@@ -305,7 +305,8 @@ def _lasting(rules: Rules, hook: Hook) -> str:
         if _own_place(hook) == _DOCKER_USER:
             return (
                 "# to last over a boot: the same as ExecStartPost= of docker.service "
-                "(systemctl edit docker)"
+                "(systemctl edit docker), as `sh -c 'iptables -C ... || iptables -I ...'`: Docker "
+                "leaves the first one there when it is restarted"
             )
         return (
             "# to last over a boot: among the saved rules (man snatd, save), which Debian's "

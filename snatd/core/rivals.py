@@ -44,9 +44,9 @@ _AT_ITS_SOURCE = {
     ),
     "flannel": ("systemctl restart flanneld",),
 }
-# Nothing that is wanted beside: a restart of Docker may restart its containers.
+# No command: it is not wanted beside, and a restart of Docker may restart its containers.
 _SOURCE_OF_BROAD = (
-    "# that is enough. So that Docker does not write it any more, some day: "
+    "# if Docker writes it again and again, and only then: "
     '"ip-masq": false in /etc/docker/daemon.json, systemctl restart docker'
 )
 _TABLES = {
@@ -269,6 +269,28 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
                 "systemctl reload snatd",
             ),
         )
+
+
+_OFTEN, _WITHIN_S = 5, 300.0
+
+
+def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:
+    """`ages_s`: of the last repairs, the newest first. Who writes slowly is repaired each time, and
+    that is no fight; but he should stop all the same."""
+    if len(ages_s) < _OFTEN or ages_s[_OFTEN - 1] > _WITHIN_S:
+        return
+    yield Finding(
+        "repaired_often",
+        Severity.WARNING,
+        "another program undoes snatd's repairs again and again",
+        (
+            f"{_OFTEN} repairs in {ages_s[_OFTEN - 1] - ages_s[0]:.0f} s, the last {ages_s[0]:.0f} "
+            "s ago",
+            *some(f"{one} wrote before" for one in writers),
+        ),
+        "repairs go on; what the guard does not keep is wrong in between",
+        ("snatd status", "# keep that program from it"),
+    )
 
 
 def fighting(fight: Mapping[str, Any]) -> Finding:

@@ -102,9 +102,11 @@ def bridge(
     links: Sequence[Link],
     devices: Sequence[Device],
     switched_off: Mapping[str, str | None],
+    dockerds: Sequence[int] = (),
 ) -> Iterator[Finding]:
     """Which device carries FLANNEL_SUBNET's address, and whether that can be. `switched_off`: the
-    sysctl of each device that keeps the family from it."""
+    sysctl of each device that keeps the family from it. `dockerds`: the pids of those from which
+    the bridge should be."""
     gateway, version = lease.gateway, lease.gateway.version
     carriers = [link.name for link in links if gateway in link.addresses]
     busy = Counter(one.master for one in devices)
@@ -152,14 +154,23 @@ def bridge(
     ]
     wrong += [one for one in _USUAL_BRIDGES if one in instead and one not in wrong]
     if not wrong:
+        none = f"FLANNEL_SUBNET says {gateway}; there is no {' or '.join(_USUAL_BRIDGES)}"
         yield Finding(
             "no_bridge",
-            Severity.INFO,
-            f"no device carries {gateway} yet",
-            (f"FLANNEL_SUBNET says {gateway}; there is no {' or '.join(_USUAL_BRIDGES)}",),
+            Severity.WARNING if dockerds else Severity.INFO,
+            f"no device carries {gateway}" + ("" if dockerds else " yet"),
+            (
+                none,
+                *(
+                    f"dockerd (pid {one}) runs, which makes docker0 when it starts"
+                    for one in dockerds
+                ),
+            ),
             "the rule for what leaves the node waits for the container bridge, which comes with "
             "the first container or with Docker",
-            ("# nothing, if there are no containers yet",),
+            ("systemctl restart docker", "# if it has no other bridge (--bridge)")
+            if dockerds
+            else ("# nothing, if there are no containers yet",),
         )
         return
     name = wrong[0]
@@ -462,5 +473,7 @@ def no_lease(reason: str) -> Finding:
         "what flannel leased to this node is not known",
         (reason,),
         "without it snatd keeps no address, and doctor cannot look at the containers' way",
-        ("systemctl status flanneld", "# or `subnet_file` in snatd.toml names another place"),
+        ("# the reason says how to mend it",)
+        if "`chmod" in reason
+        else ("systemctl status flanneld", "# or `subnet_file` in snatd.toml names another place"),
     )

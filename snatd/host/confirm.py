@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snatd.core.errors import NotPermitted
+from snatd.host.files import make_directory
 
 
 def _path(runtime_dir: Path) -> Path:
@@ -27,7 +28,7 @@ class Confirmation:
 
     def __init__(self, runtime_dir: Path) -> None:
         self._path = _path(runtime_dir)
-        runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_directory(runtime_dir)
         self._path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(self._path))

@@ -177,6 +177,14 @@ def _open_temporary(path: Path, mode: int) -> tuple[Path, int]:
     return temporary, os.open(temporary, flags, mode)
 
 
+def make_directory(path: Path) -> None:
+    """One that anybody may look into, whatever the umask is (snatd.service has 077); one that is
+    there stays as it is. Raises OSError."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o755)
+
+
 def try_out(path: Path) -> None:
     """Raises OSError where `write_whole` can make no file; leaves what is there as it is."""
     temporary, descriptor = _open_temporary(path, 0o600)

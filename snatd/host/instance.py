@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snatd.core import locks
 from snatd.core.errors import BackendBusy, ConfigError, is_scarcity
-from snatd.host.files import open_to_others
+from snatd.host.files import make_directory, open_to_others
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -48,7 +48,7 @@ class Instance:
         """Raises AlreadyRunning with the holder's pid, ConfigError where no file can be made or
         others could, BackendBusy where there is no room for it now."""
         try:
-            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             if why := open_to_others(self.path.parent):
                 raise ConfigError((f"runtime_dir: {why}: others could forge what is in it",))
             # Who may open it may lock it, and so keep snatd from starting.

@@ -13,7 +13,7 @@ from snatd.core.errors import SnatdError
 from snatd.core.model import Backend, Family, Network
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, remember
-from snatd.host.files import FileRefused, open_to_others, read_bounded, write_whole
+from snatd.host.files import FileRefused, make_directory, open_to_others, read_bounded, write_whole
 
 SCHEMA = 1
 
@@ -71,7 +71,7 @@ class MemoryFile:
             for (family, backend, _), memory in [*memories.items()][-_MOST:]
         ]
         document = {"schema": SCHEMA, "replaced": entries}
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         write_whole(self.path, json.dumps(document, indent=1).encode() + b"\n", 0o600, durable=True)
 
     def keep(

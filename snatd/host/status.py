@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from snatd.core.word import Life, Process, Word, judge
-from snatd.host.files import open_regular, write_whole
+from snatd.host.files import make_directory, open_regular, write_whole
 from snatd.host.instance import holder
 
 SCHEMA = 2
@@ -32,7 +32,7 @@ def write(runtime_dir: Path, document: dict[str, Any], longest_silence_s: float)
     """
     stamp = {"schema": SCHEMA, **_myself(), **_clocks(), "longest_silence_s": longest_silence_s}
     content = json.dumps(stamp | document, indent=1) + "\n"
-    runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    make_directory(runtime_dir)
     write_whole(path_in(runtime_dir), content.encode())
 
 

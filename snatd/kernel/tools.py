@@ -212,9 +212,11 @@ def check_exit(argv: Sequence[str], returncode: int, err: bytes) -> None:
     if returncode == 0:
         return
     what = " ".join(argv)
-    # nft underlines what it means with a line of ^, which means nothing in one line.
-    words = (word for word in err.decode(errors="replace").split() if word.strip("^"))
-    said = " ".join(words) or "no message"
+    # nft underlines what it means with a line of ^, which means nothing in one line, and what
+    # iptables warns of (`# Warning: iptables-legacy tables present`) would hide what it means.
+    lines = err.decode(errors="replace").splitlines()
+    words = " ".join(line for line in lines if not line.startswith("# Warning")).split()
+    said = " ".join(word for word in words if word.strip("^")) or "no message"
     if returncode == 4:
         raise BackendBusy(f"`{what}`: {said}")
     raise BackendFailed(f"`{what}` failed ({_exit(returncode)}): {said}")

@@ -195,7 +195,7 @@ def test_dockers_rule(lab: Lab, tmp_path: Path, backend: str) -> None:
         ]
         cure, source = one["remedy"]
         assert cure == "snatd apply"
-        assert source.startswith("# that is enough.")
+        assert source.startswith("# if Docker writes it again and again")
         assert '"ip-masq": false' in source
         assert snatd.command("apply").returncode == 0
         silent(snatd)

@@ -128,6 +128,43 @@ def test_another_programs_chain_before_the_guard_is_told(node: Node, snatd: Snat
     assert told in snatd.command("check").stdout
 
 
+def test_a_rule_before_the_guard_is_in_the_headline(node: Node, snatd: Snatd) -> None:
+    snatd.start()
+    until(
+        lambda: snatd.status()["proof"]["proved_at"], "a healthy node, whom nobody asks again now"
+    )
+    assert "keeps its address" in snatd.status()["status"]
+    node.host.shell(
+        "nft add table ip early; nft add chain ip early post "
+        "'{ type nat hook postrouting priority -199; }'; "
+        "nft add rule ip early post oifname eth0 masquerade"
+    )
+    says = "the guard does not decide, and another rule can SNAT cluster traffic from 172.7.21.0/24"
+    until(lambda: says in snatd.status()["status"], "the headline")
+    assert "keeps its address" not in snatd.status()["status"]
+    check = snatd.command("check")
+    assert check.returncode == 0, "nothing that snatd would change"
+    assert check.stdout.startswith(
+        "in sync: nothing is to be changed, but a rule of somebody else's"
+    )
+    findings = {one["name"] for one in snatd.json("doctor")["findings"]}
+    assert {"can_snat", "before_guard"} <= findings
+    assert "only_guarded" not in findings, "the guard makes it harmless, or it does not"
+    node.host.run("nft", "delete", "table", "ip", "early")
+    until(lambda: "keeps its address" in snatd.status()["status"], "the headline after that")
+
+
+def test_what_explained_a_snated_datagram_is_gone(node: Node, snatd: Snatd) -> None:
+    """The neighbour may not be asked again for a minute; the rules say enough until then."""
+    snatd.write_config(guard="off")
+    add(node, "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    snatd.start()
+    until(lambda: snatd.status()["state"] == "degraded", "the datagram")
+    add(node, "-D", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+    until(lambda: snatd.status()["state"] == "in sync", "the rules alone", within_s=20)
+    assert "proved" not in snatd.status()["status"]
+
+
 @pytest.mark.parametrize(
     ("settings", "before", "guard"),
     [

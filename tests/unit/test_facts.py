@@ -138,7 +138,7 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(1000):
         daemon.facts.heard("nft", Writer(number, "x" * 15, "y" * 64))
         daemon.passed(IN_SYNC, *repair(number=1 + number % 20), by=Writer(number, "x" * 15))
-        daemon.facts.fights(f"rival {number}", 21, 3.5)
+        daemon.facts.fights([Writer(number, "rival")], 21, 3.5)
         daemon.facts.fight_ended(22)
         daemon.clock.minute = 0
     assert daemon.document()["repairs"] == 1000
@@ -160,12 +160,12 @@ def test_long_rules_are_cut() -> None:
 
 def test_a_fight_has_a_rival_a_time_and_a_number_of_repairs() -> None:
     daemon = Daemon().passed()
-    daemon.facts.fights("iptables (pid 7)", 21, 3.5)
+    daemon.facts.fights([Writer(7, "iptables")], 21, 3.5)
     began = "2026-01-02T03:00:56.500+00:00"
     first = {"with": "iptables (pid 7)", "since": began, "repairs": 21}
     assert daemon.document()["fights"] == {"count": 1, "now": first, "last": None}
     daemon.passed()
-    daemon.facts.fights(None, 24, 63.5)
+    daemon.facts.fights([], 24, 63.5)
     document = daemon.document()
     assert document["fights"]["now"] == first | {"repairs": 24}
     assert document["status"].startswith(
@@ -180,10 +180,35 @@ def test_a_fight_has_a_rival_a_time_and_a_number_of_repairs() -> None:
 
 def test_a_rival_whom_the_kernel_does_not_name() -> None:
     daemon = Daemon().passed()
-    daemon.facts.fights(None, 21, 3.5)
+    daemon.facts.fights([], 21, 3.5)
     assert "a program that the kernel does not name" in daemon.facts.headline()
-    daemon.facts.fights("iptables (pid 7)", 22, 4.5)
+    daemon.facts.fights([Writer(7, "iptables")], 22, 4.5)
     assert "fighting with iptables (pid 7)" in daemon.facts.headline()
+
+
+def test_a_rivals_unit_is_kept_once_it_is_known() -> None:
+    daemon = Daemon().passed()
+    daemon.facts.fights([Writer(7, "iptables")], 21, 3.5)
+    daemon.facts.fights([Writer(8, "iptables", "rival.service")], 22, 4.5)
+    daemon.facts.fights([Writer(9, "iptables")], 23, 5.5)
+    assert "fighting with iptables (pid 8) of rival.service since" in daemon.facts.headline()
+    assert daemon.document()["fights"]["now"]["repairs"] == 23
+    daemon.facts.fight_ended(23)
+    daemon.facts.fights([Writer(10, "nft")], 24, 0.5)
+    assert "fighting with nft (pid 10) since" in daemon.facts.headline()
+
+
+def test_what_hides_addresses_takes_the_place_of_the_promise() -> None:
+    daemon = Daemon().passed().found(proved_at="2026-01-02T02:04:05.678+00:00")
+    daemon.facts.found({}, "there is no guard, and another rule can SNAT x")
+    assert daemon.facts.headline() == (
+        "in sync since 03:01:00 UTC - there is no guard, and another rule can SNAT x - 0 repairs"
+    )
+    proof = {"proof": {"proved_at": "2026-01-02T02:04:05.678+00:00", "wrong": []}}
+    daemon.facts.found(proof | {"flows": [{"changed_since": 1}, {"changed_since": 2}]})
+    assert daemon.facts.headline() == (
+        "in sync since 03:01:00 UTC - 3 new connections did not keep their address - 0 repairs"
+    )
 
 
 def test_a_refused_configuration_is_told_until_a_good_one_comes() -> None:

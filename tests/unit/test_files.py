@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snatd.host.files import try_out, write_whole
+from snatd.host.files import make_directory, try_out, write_whole
 
 
 def names(directory: Path) -> list[str]:
@@ -34,6 +34,19 @@ def test_the_mode_is_what_was_asked_for(mode: int, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_anybody_may_look_into_a_directory_that_was_made_again(tmp_path: Path) -> None:
+    made, own = tmp_path / "a" / "b", tmp_path / "own"
+    own.mkdir(0o700)
+    before = os.umask(0o077)
+    try:
+        make_directory(made)
+        make_directory(own)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o755
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700, "somebody's own"
 
 
 def test_who_has_the_old_one_open_keeps_it_whole(tmp_path: Path) -> None:

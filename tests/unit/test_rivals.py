@@ -229,7 +229,7 @@ def test_evidence_of_a_broad_rule() -> None:
         '/etc/docker/daemon.json: "ip-masq": false, so dockerd will not write it again',
     )
     assert found.remedy == ("cure",)
-    # One command is enough; what stops Docker from writing it is there to read.
+    # One command; what stops Docker from writing it is there to read.
     cure, source = one(rivals.drift(drift, False, [dockerd()], ("cure",))).remedy
     assert (cure, source[0]) == ("cure", "#")
     assert '"ip-masq": false' in source
@@ -272,6 +272,18 @@ def test_remedies_know_the_writer() -> None:
     first, second = one(rivals.can_snat(WANTED, hides, guard_off=True)).remedy
     assert first.startswith('# guard = "auto" in snatd.toml')
     assert second == delete
+
+
+def test_repairs_that_come_too_often() -> None:
+    ages_s = [2.0, 5.0, 8.0, 11.0, 300.0]
+    found = one(rivals.often(ages_s, ["iptables of rival.service", "iptables of rival.service"]))
+    assert (found.name, found.severity) == ("repaired_often", Severity.WARNING)
+    assert found.evidence == (
+        "5 repairs in 298 s, the last 2 s ago",
+        "iptables of rival.service wrote before",
+    )
+    assert not list(rivals.often([*ages_s[:-1], 301.0], ()))
+    assert not list(rivals.often(ages_s[:-1], ()))
 
 
 def test_a_datagram_outweighs_the_rules() -> None:

@@ -198,7 +198,7 @@ def fighting() -> Story:
         story.table().insert(BROAD)
         story.at(f"02:40:{second}").hears("nft", DOCKERD).run("nft", by=[DOCKERD])
         if second >= 30:
-            story.facts.fights(str(DOCKERD), second - 19, second - 20)
+            story.facts.fights([DOCKERD], second - 19, second - 20)
     return story
 
 

@@ -35,6 +35,11 @@ def test_who_reads_nothing_is_judged_by_how_it_ends() -> None:
         run("exec <&-; echo why >&2; exit 3", rules)
 
 
+def test_what_iptables_warns_of_does_not_hide_what_it_means() -> None:
+    with pytest.raises(BackendFailed, match=r"failed \(exit 1\): what it means$"):
+        run("echo '# Warning: iptables-legacy tables present' >&2; echo what it means >&2; exit 1")
+
+
 @pytest.mark.parametrize(
     "script",
     [

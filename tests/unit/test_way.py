@@ -152,6 +152,19 @@ def test_who_carries_the_address(links: str, expected: list[tuple[str, str]]) ->
     assert names(way.bridge(of, made, ports, {})) == expected
 
 
+def test_a_bridge_that_docker_lost() -> None:
+    of = FamilyLease(ip_interface("172.7.21.1/24"), networks("172.7.0.0/16"))
+    (found,) = way.bridge(of, [link(1, "eth0", "10.0.0.1/8")], [], {}, [65])
+    assert (found.name, found.severity) == ("no_bridge", Severity.WARNING)
+    assert "dockerd (pid 65) runs" in found.evidence[1]
+    assert found.remedy[0] == "systemctl restart docker"
+
+
+def test_a_lease_that_is_not_believed_says_itself_what_to_do() -> None:
+    assert way.no_lease("x: read it, then `chown root` and `chmod go-w`").remedy[0][0] == "#"
+    assert way.no_lease("x: no such file").remedy[0] == "systemctl status flanneld"
+
+
 def test_of_two_devices_the_one_with_containers_keeps_the_address() -> None:
     of = FamilyLease(ip_interface("172.7.21.1/24"), ())
     links = [link(3, "docker0", "172.7.21.1/24"), link(4, "cni0", "172.7.21.1/24")]
