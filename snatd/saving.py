@@ -168,9 +168,10 @@ class Saving:
         )
         self._outcomes = bringer.each(wanted)
         self._tell()
-        wait_s = (time.monotonic() - began_s) / _SHARE
+        # A busy node makes a look long, and is no reason to leave a file as it is for minutes.
+        wait_s = min((time.monotonic() - began_s) / _SHARE, _RETRY_S)
         if any(one.state is State.NOT_WRITTEN for one in self._outcomes):
-            self._seen, wait_s = None, max(wait_s, _RETRY_S)
+            self._seen, wait_s = None, _RETRY_S
         self._free_s = time.monotonic() + wait_s
         return True
 

@@ -116,7 +116,7 @@ def test_the_saved_rules_through_all_that_their_service_does(off: Node, loader: 
     machine.path(path).write_text(SAVED)
     machine.run("systemctl", "restart", loader)
     until(lambda: NARROW in off.rules() and BROAD not in off.rules(), "right again")
-    until(lambda: NARROW in file() and f" {BROAD}" not in file(), "the file in line again", 30)
+    until(lambda: NARROW in file() and f" {BROAD}" not in file(), "the file in line again", 60)
     before = file()
     machine.reboot()
     right_again_without_a_person(off)
