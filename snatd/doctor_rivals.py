@@ -170,6 +170,10 @@ def _saved(examined: Examined) -> Found:
     settings, node = examined.settings, examined.node
     enforced = settings.mode == "enforce" and node is not None
     kept = {one.path for one in find(settings.saved_rules) if enforced}
+    troubles: dict[str, str] = {}
+    with suppress(*told.NOT_WHOLE):
+        told_of = (_said(examined.word) or {}).get("saved_rules", ())
+        troubles = {one["path"]: one["why"] for one in told_of if one["why"]}
     if node and settings.policy.backend not in (None, node.iptables_is):
         kept = set()
     for one in dict.fromkeys((*find(settings.saved_rules), *find("auto"))):
@@ -179,7 +183,9 @@ def _saved(examined: Examined) -> Found:
             wanted = examined.view.wanted.get(one.family)
             if isinstance(wanted, Desired) and node:
                 edited = bring_in_line(content, wanted, node.iptables_is)
-                yield from boot.saved_rules(str(one.path), edited, kept=one.path in kept)
+                there = str(one.path)
+                trouble = troubles.get(there, "")
+                yield from boot.saved_rules(there, edited, kept=one.path in kept, trouble=trouble)
         except FileNotFoundError:
             continue
         except (RuleError, files.FileRefused) as error:

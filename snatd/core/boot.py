@@ -58,24 +58,31 @@ def saves_live_rules(path: str, text: str) -> Iterator[Finding]:
             )
 
 
-def saved_rules(path: str, edited: Edited, *, kept: bool) -> Iterator[Finding]:
-    """`edited`: what snatd would make of the file; `kept`: whether it may."""
+def saved_rules(path: str, edited: Edited, *, kept: bool, trouble: str = "") -> Iterator[Finding]:
+    """`edited`: what snatd would make of the file; `kept`: whether it may; `trouble`: why the
+    daemon left it alone."""
+    remedy: tuple[str, ...] = ("snatd save",)
+    if trouble:
+        remedy = ("# mend that, then:", "snatd save")
+    elif not kept:
+        remedy = (
+            '# saved_rules = "auto" and mode = "enforce" in snatd.toml, then:',
+            "snatd save",
+            f"# or take that line out of {path}",
+        )
     reasons = {reason.change for one in edited.transactions for reason in one.reasons}
     if Change.NARROWED in reasons:
         yield Finding(
             "saved_broad_rule",
             Severity.WARNING,
             "a saved rules file holds a rule that hides containers",
-            tuple(f"{path}: {line}" for line in edited.removed),
+            (
+                *(f"{path}: {line}" for line in edited.removed),
+                *((f"the daemon leaves it alone: {trouble}",) if trouble else ()),
+            ),
             "it is in force again after the next boot or restart of the firewall, until it is "
             "mended there",
-            ("snatd save",)
-            if kept
-            else (
-                '# saved_rules = "auto" and mode = "enforce" in snatd.toml, then:',
-                "snatd save",
-                f"# or take that line out of {path}",
-            ),
+            remedy,
         )
     if edited.doubts:
         yield not_understood(path, edited.doubts)

@@ -865,6 +865,18 @@ def test_a_saved_rule_that_hides(node: Node, snatd: Snatd) -> None:
     silent(snatd)
 
 
+def test_a_saved_rule_in_a_file_that_does_not_load(node: Node, snatd: Snatd) -> None:
+    own_etc(node)
+    file = node.host.path("/etc/iptables/rules.v4")
+    file.write_text(SAVED.format(BROAD).replace("COMMIT", "-A POSTROUTING --nonsense\nCOMMIT"))
+    snatd.start()
+    until(lambda: snatd.status()["saved_rules"], "a look at the file")
+    one = found(snatd)["saved_broad_rule"]
+    assert one["evidence"][1].startswith("the daemon leaves it alone: ")
+    assert "nonsense" in one["evidence"][1]
+    assert one["remedy"] == ["# mend that, then:", "snatd save"]
+
+
 def test_saved_files_that_are_not_understood(node: Node, snatd: Snatd) -> None:
     own_etc(node)
     file = node.host.path("/etc/iptables/rules.v4")
