@@ -31,7 +31,7 @@ from snatd.kernel.hooks import FORWARD, NAT, Hooks
 
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
 _CHECK_ORDER = "/usr/libexec/snatd/check-order"
-_PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,After,Before"
+_PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,NRestarts,After,Before"
 _SYSCONFIG = (Path("/etc/sysconfig/iptables-config"), Path("/etc/sysconfig/ip6tables-config"))
 _LARGEST_TEXT_BYTES = 1 << 20
 

@@ -140,6 +140,15 @@ def unit(shown: Mapping[str, str]) -> Iterator[Finding]:
             "then there is no guard, and Docker's rule hides containers",
             (*unmask, f"systemctl enable {UNIT}"),
         )
+    if shown.get("NRestarts", "0") != "0":
+        yield Finding(
+            "restarted",
+            Severity.INFO,
+            "systemd had to start the daemon again",
+            (f"{UNIT}: NRestarts={shown['NRestarts']}",),
+            "it was killed or ended by itself; rules and guard stayed meanwhile",
+            (f"journalctl -u {UNIT}",),
+        )
     late = sorted(_RUNTIMES & set(shown.get("After", "").split()))
     if late and not set(late) & set(shown.get("Before", "").split()):
         yield Finding(

@@ -547,6 +547,8 @@ UNIT = {
         ({"LoadState": "masked", "UnitFileState": "masked"}, ["not_enabled"]),
         ({"UnitFileState": "static"}, []),
         ({"After": "docker.service", "Before": "shutdown.target"}, ["starts_late"]),
+        ({"NRestarts": "0"}, []),
+        ({"NRestarts": "2"}, ["restarted"]),
         # A circle, and that is said elsewhere.
         ({"After": "docker.service"}, []),
     ],
