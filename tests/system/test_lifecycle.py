@@ -169,6 +169,8 @@ def test_remove_reverts_and_purge_leaves_nothing(bare: Node, packages: Packages)
     assert machine.run("nft", "-s", "list", "ruleset") == tables
     assert machine.path("/etc/snatd/snatd.toml").exists()
     assert machine.show("snatd", "ActiveState") == "inactive"
+    assert not machine.path("/run/snatd").exists()
+    assert not machine.path("/var/lib/snatd").exists(), "nothing is to be remembered"
     machine.run("apt-get", "purge", "-y", "-q", "snatd")
     assert sorted(files(machine) - before) == []
 
