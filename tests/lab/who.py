@@ -79,7 +79,7 @@ def _plain(address: str) -> str:
 
 
 def seen_by(
-    host: Place, destination: str, timeout_s: float = 2.0, source: str | None = None
+    host: Place, destination: str, timeout_s: float = 10.0, source: str | None = None
 ) -> str | None:
     """As whom a host is seen by a WhoServer, over TCP; None where no answer comes."""
     with host.entered():
@@ -98,7 +98,7 @@ def seen_by(
     return answer.decode().rpartition("\r\n")[2].strip() or None
 
 
-def seen_by_udp(host: Place, destination: str, timeout_s: float = 2.0) -> str | None:
+def seen_by_udp(host: Place, destination: str, timeout_s: float = 10.0) -> str | None:
     """The same by one datagram: a new flow each time, and no handshake to wait for."""
     with host.entered():
         caller = socket.socket(_family(destination), socket.SOCK_DGRAM)
