@@ -205,7 +205,7 @@ def _action(target: Target, chains: Collection[str]) -> Action | None:
             return None
         case "MASQUERADE":
             return Masquerade()
-        case "SNAT" if words.count("--to-source") == 1:
+        case "SNAT" if words.count("--to-source") == 1 and "--to-source" in value:
             return Snat(_span(value["--to-source"]))
         case "NETMAP" if "--to" in value:
             return _netmap(value["--to"])
@@ -239,7 +239,10 @@ def _set_mark(value: Mapping[str, str]) -> Action:
     for option in ("--set-xmark", "--set-mark"):
         if option in value:
             number, _, mask = value[option].partition("/")
-            flip, gone = int(number, 0), int(mask, 0) if mask else ALL_BITS
+            try:
+                flip, gone = int(number, 0), int(mask, 0) if mask else ALL_BITS
+            except ValueError:
+                return LOSE_MARK
             if option == "--set-mark":
                 gone |= flip
             return SetMark(~gone & ALL_BITS, flip)

@@ -91,8 +91,12 @@ def mutated(data: bytes, largest: int, seed: int) -> bytes:
 
 
 def _places(node: Any) -> Any:
-    """Each node but the root, as its holder and its key there."""
-    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    """Each node but the root, as its holder and its key there; a scalar has none."""
+    pairs = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node if isinstance(node, list) else ())
+    )
     for key, inner in list(pairs):
         yield node, key
         if isinstance(inner, dict | list):
