@@ -308,12 +308,12 @@ def test_60_000_entries(nft_lab: Lab) -> None:
     node.write_lease()
     fill(node, 60_000, wrong=True)
     before_kb, times_s = _peak_kb(), []
-    for _ in range(3):  # the machine may be busy with something else
-        started_s = time.monotonic()
+    for _ in range(3):  # of this thread alone: the machine may be busy with something else
+        started_s = time.thread_time()
         tally = sweep(node)
-        times_s.append(time.monotonic() - started_s)
+        times_s.append(time.thread_time() - started_s)
         assert (tally.wrong, len(tally.flows), tally.cut_off) == (60_000, SHOWN, None)
-    assert min(times_s) < 1
+    assert min(times_s) < 1, times_s
     assert _peak_kb() - before_kb < 10_000
 
 
