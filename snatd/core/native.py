@@ -230,7 +230,9 @@ class _Compiler:
             case "meta", {"key": "mark"} if isinstance(values[0], dict):
                 # What nft makes of a mask of the highest bits (1.0.6).
                 ((prefix,),) = [one.values() for one in values]
-                return Marked(ALL_BITS << (32 - prefix["len"]) & ALL_BITS, (prefix["addr"],))
+                return Marked(
+                    ALL_BITS << (32 - prefix["len"]) & ALL_BITS, (_number(prefix["addr"]),)
+                )
             case "meta", {"key": "mark"}:
                 return Marked(ALL_BITS, tuple(map(_number, values)))
             case "&", [{"meta": {"key": "mark"}}, int(mask)]:
