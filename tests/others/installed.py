@@ -92,8 +92,14 @@ def rules_of_others(host: Host) -> list[str]:
             found += [f"{command} {table} {line}" for line in listed if " snatd " not in line]
     # iptables-nft's tables were listed above.
     native = re.findall(r"^table .*?^}", host.run("nft", "-s", "list", "ruleset"), re.M | re.S)
-    found += [one for one in native if not _NO_NATIVE.match(one)]
+    found += [_chains_in_order(one) for one in native if not _NO_NATIVE.match(one)]
     return [_CONTAINER.sub("ID", one) for one in found]
+
+
+def _chains_in_order(table: str) -> str:
+    """Which chain was made first means nothing, and differs after firewalld's restarts (2.3)."""
+    head, _, body = table.partition("\n")
+    return "\n".join((head, *sorted(body.removesuffix("}").strip("\n").split("\n\n")), "}"))
 
 
 _TABLES = ("filter", "nat", "mangle")
