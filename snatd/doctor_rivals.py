@@ -23,7 +23,7 @@ from snatd.core.packet import Hook
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
 from snatd.core.word import Life, Word
-from snatd.examined import WITH_CNI, Examined, Found
+from snatd.examined import Examined, Found
 from snatd.host import files, processes, status
 from snatd.host.docker import read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
@@ -123,7 +123,6 @@ def _backends(examined: Examined) -> Found:
 def _programs(examined: Examined) -> Found:
     """How Docker, flannel and kube-proxy were started, and whether snatd was more than once."""
     there = examined.programs
-    by_cni = any(one.name in WITH_CNI for one in there)
     lease = examined.node.lease if examined.node else None
     for dockerd in read_dockers(there):
         yield from docker.file(dockerd)
@@ -132,7 +131,9 @@ def _programs(examined: Examined) -> Found:
             for family, leased in lease.families:
                 of_family = examined.view.wanted.get(family)
                 if isinstance(of_family, Desired):
-                    yield from docker.bip(dockerd, leased.gateway, of_family, by_cni=by_cni)
+                    yield from docker.bip(
+                        dockerd, leased.gateway, of_family, by_cni=examined.by_cni
+                    )
     for wanted in examined.leased:
         yield from docker.networks(examined.node.links if examined.node else (), wanted)
     if isinstance(lease, Lease):

@@ -14,7 +14,7 @@ from snatd.core.networks import subtract
 from snatd.core.packet import Hook
 from snatd.core.passage import Rules
 from snatd.core.surroundings import UNICAST, Device, Hop
-from snatd.examined import WITH_CNI, Examined, Found, Reached, first_container
+from snatd.examined import Examined, Found, Reached, first_container
 from snatd.kernel.hooks import FORWARD, INPUT, NAT, PREROUTING, has_kube_proxy
 from snatd.kernel.sysctls import read_counter, read_number, read_sysctl, read_table
 
@@ -39,8 +39,8 @@ def _bridge(examined: Examined) -> Found:
     node = examined.node
     if node is None or not isinstance(node.lease, Lease):
         return
-    by_cni = any(one.name in WITH_CNI for one in examined.programs)
-    dockerds = [one.pid for one in examined.programs if docker.is_daemon(one) and not by_cni]
+    found = () if examined.by_cni else examined.programs
+    dockerds = [one.pid for one in found if docker.is_daemon(one)]
     for family, lease in node.lease.families:
         if not node.has(family):
             yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))

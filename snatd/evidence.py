@@ -134,8 +134,8 @@ class Evidence:
 
     @property
     def exposed(self) -> str:
-        """What of this node can SNAT cluster traffic, the first; empty if nothing can for certain
-        or nothing is known."""
+        """The first rule that can SNAT cluster traffic, and why the guard does not keep it from
+        that; empty where none can or none is known."""
         exposed = [one for one in self._found.suspects if one.rules]
         if not exposed:
             return ""

@@ -35,8 +35,8 @@ from snatd.reconcile import View
 Found = Iterator[Finding]
 
 # Where these run, CNI gives containers their addresses, and Docker does something else.
-WITH_CNI = ("kubelet", *programs.K3S)
-_PROGRAMS = (*NAMES, *WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
+_WITH_CNI = ("kubelet", *programs.K3S)
+_PROGRAMS = (*NAMES, *_WITH_CNI, programs.FLANNELD, programs.KUBE_PROXY, "snatd")
 # Of each reading of rules, which takes some milliseconds.
 _RULES_S = 5.0
 
@@ -105,6 +105,11 @@ class Examined:
     def programs(self) -> tuple[Process, ...]:
         """Those that have to do with containers."""
         return processes.find(_PROGRAMS)
+
+    @property
+    def by_cni(self) -> bool:
+        """Whether CNI gives containers their addresses, and not Docker."""
+        return any(one.name in _WITH_CNI for one in self.programs)
 
     @cached_property
     def word(self) -> Word:

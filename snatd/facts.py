@@ -49,7 +49,6 @@ class Facts:
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self._evidence: dict[str, Any] = {}
         self._exposed = ""
-        self.metrics_problem = ""
         self._state = "starting"
         self._since = self.started_at
         self._particulars: tuple[str, ...] = ()

@@ -154,39 +154,52 @@ def bridge(
     ]
     wrong += [one for one in _USUAL_BRIDGES if one in instead and one not in wrong]
     if not wrong:
-        none = f"FLANNEL_SUBNET says {gateway}; there is no {' or '.join(_USUAL_BRIDGES)}"
-        yield Finding(
-            "no_bridge",
-            Severity.WARNING if dockerds else Severity.INFO,
-            f"no device carries {gateway}" + ("" if dockerds else " yet"),
-            (
-                none,
-                *(
-                    f"dockerd (pid {one}) runs, which makes docker0 when it starts"
-                    for one in dockerds
-                ),
-            ),
-            "the rule for what leaves the node waits for the container bridge, which comes with "
-            "the first container or with Docker",
-            ("systemctl restart docker", "# if it has no other bridge (--bridge)")
-            if dockerds
-            else ("# nothing, if there are no containers yet",),
-        )
+        yield _no_bridge(gateway, dockerds)
         return
     name = wrong[0]
-    carried = instead[name]
-    said = join(carried) if carried else f"no address of IPv{version}"
     off = [key for key, value in switched_off.items() if f"/{name}/" in key and value == "1"]
-    yield Finding(
+    yield _elsewhere(gateway, name, instead[name], off, busy=name in busy)
+
+
+def _no_bridge(gateway: Interface, dockerds: Sequence[int]) -> Finding:
+    said = f"FLANNEL_SUBNET says {gateway}; there is no {' or '.join(_USUAL_BRIDGES)}"
+    why = (
+        "the rule for what leaves the node waits for the container bridge, which comes with the "
+        "first container or with Docker"
+    )
+    if not dockerds:
+        nothing = "# nothing, if there are no containers yet"
+        says = f"no device carries {gateway} yet"
+        return Finding("no_bridge", Severity.INFO, says, (said,), why, (nothing,))
+    run = [f"dockerd (pid {one}) runs, which makes docker0 when it starts" for one in dockerds]
+    return Finding(
+        "no_bridge",
+        Severity.WARNING,
+        f"no device carries {gateway}",
+        (said, *run),
+        why,
+        ("systemctl restart docker", "# if it has no other bridge (--bridge)"),
+    )
+
+
+def _elsewhere(
+    gateway: Interface, name: str, carried: Sequence[Interface], off: Sequence[str], *, busy: bool
+) -> Finding:
+    """`carried`: what the device has instead; `off`: the sysctls that keep the family from it;
+    `busy`: it has containers."""
+    said = join(carried) if carried else f"no address of IPv{gateway.version}"
+    cut_off = bool(carried) or gateway.version == 4
+    why = "its containers get no address of the family that flannel leased"
+    if carried:
+        why = "its containers get addresses to which no other node has a route"
+    elif cut_off:
+        why = "its containers have no gateway, so none of them reaches another node or is reached"
+    return Finding(
         "bridge_elsewhere",
-        Severity.ERROR if name in busy and (carried or version == 4) else Severity.WARNING,
+        Severity.ERROR if busy and cut_off else Severity.WARNING,
         f"{name} does not carry the address that flannel leased",
         (f"FLANNEL_SUBNET says {gateway}", f"{name} carries {said}", *(f"{k} = 1" for k in off)),
-        "its containers get addresses to which no other node has a route"
-        if carried
-        else "its containers get no address of the family that flannel leased"
-        if version == 6
-        else "its containers have no gateway, so none of them reaches another node or is reached",
+        why,
         (
             *(command for key in off for command in set_to(key, 0)),
             *(f"ip addr del {one} dev {shlex.quote(name)}" for one in carried),
