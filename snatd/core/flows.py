@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
-from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -213,17 +212,29 @@ def to_delete(flow: Flow, policy: str) -> bool:
 
 
 class Ids:
-    """A growing set of flows' identities at 4 bytes each: those of a whole table take 1.5 MB, where
-    a set takes 16. Spread over rows of about 64, none is ever sorted or copied as a whole."""
+    """A growing set of flows' identities at 3 bytes each: those of a whole table take 0.8 MB, where
+    a set takes 16. Spread over rows of about 64, none is ever sorted or copied as a whole. What is
+    left of an identity when its row is known fits in three bytes."""
 
     def __init__(self) -> None:
-        self._rows = [array("I") for _ in range(4096)]
+        self._rows = [b""] * _ROWS
 
     def add(self, one: int) -> None:
-        self._rows[one % 4096].append(one)
+        self._rows[one % _ROWS] += _in_row(one)
 
     def __contains__(self, one: int) -> bool:
-        return one in self._rows[one % 4096]
+        row, wanted = self._rows[one % _ROWS], _in_row(one)
+        at = row.find(wanted)
+        while at % _ID_BYTES and at > 0:  # across two of them
+            at = row.find(wanted, at + 1)
+        return at >= 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows))
+        return sum(map(len, self._rows)) // _ID_BYTES
+
+
+_ROWS, _ID_BYTES = 4096, 3
+
+
+def _in_row(one: int) -> bytes:
+    return (one // _ROWS).to_bytes(_ID_BYTES, "big")

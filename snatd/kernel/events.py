@@ -289,7 +289,7 @@ class LegacyPoll:
     share = 0.002
 
     def __init__(self) -> None:
-        self._digests: dict[Family, bytes] = {}
+        self._digests: dict[Family, int] = {}
         self.period_s = self.shortest_s
         self.due_s = math.inf
 
@@ -304,7 +304,7 @@ class LegacyPoll:
         self.due_s = now_s + self.period_s
         return (Event(self.source),) if changed else ()
 
-    def _look(self) -> dict[Family, bytes]:
+    def _look(self) -> dict[Family, int]:
         started_s = time.thread_time()
         digests = {family: peek.digest(family) for family in Family}
         cost_s = time.thread_time() - started_s

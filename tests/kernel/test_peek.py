@@ -33,7 +33,7 @@ def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, cou
     ]
     tool = f"{family.command}-legacy-restore"
 
-    def digest_of(rules: list[str], number: int) -> bytes:
+    def digest_of(rules: list[str], number: int) -> int:
         host.run(tool, "--counters", stdin=script(rules, number))
         with host.entered():
             return digest(family)
