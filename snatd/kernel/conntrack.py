@@ -45,7 +45,8 @@ SHOWN = 1000
 
 @dataclass(frozen=True)
 class Tally:
-    """What a sweep saw in one family. `flows` are the first SHOWN of the `wrong` ones.
+    """What a sweep saw in one family. `flows` are the first SHOWN of the `wrong` ones, and none of
+    a census.
 
     `changed` and `kept` count those that were not there before, wrong and right; `ids` are all of
     them, where there was no before. Both want a census. `cut_off` says why it is not the whole.
@@ -93,6 +94,7 @@ class Sweep:
         self._sure = Kept(desired)
         self._ids = Ids() if census and before is None else None
         self._wrong = self._changed = self._deleted = self._kept = 0
+        self._shown = 0 if census else SHOWN
         self._flows: list[Flow] = []
         self._due: deque[Flow] = deque()
         self._rest = b""
@@ -169,7 +171,7 @@ class Sweep:
             return
         self._wrong += 1
         self._changed += new
-        if len(self._flows) < SHOWN:
+        if len(self._flows) < self._shown:
             self._flows.append(flow)
         if to_delete(flow, self._policy):
             self._due.append(flow)

@@ -14,7 +14,7 @@ from tests.bench.figures import Aim, Figure
 from tests.bench.observers import GuardObserver
 from tests.bench.repair import one_repair
 from tests.bench.site import Site
-from tests.bench.usage import Usage, memory_mib
+from tests.bench.usage import Usage, cpu_s, memory_mib
 from tests.lab.netns import Namespace, until
 from tests.lab.process import Snatd, stopwatch_ms
 
@@ -23,6 +23,7 @@ _MEMORY_MIB = {"nft": (Aim(34),), "legacy": (Aim(48),)}
 _IDLE_PERCENT = (Aim(0.1),)
 _WAKE_UPS = {"nft": (Aim(1),), "legacy": ()}
 _QUIET_S = 2.0
+_WAKES_UP = "import time\nwhile True:\n    time.sleep(1)"
 _TRIES = 5
 
 
@@ -95,10 +96,17 @@ def idle(daemons: Sequence[tuple[Site, Snatd]], for_s: float) -> list[Figure]:
     for site, snatd in daemons:
         one_repair(site, snatd)
     until(lambda: all(_is_quiet(*one) for one in daemons), "quiet", 90)
-    before = [Usage.of(snatd) for _, snatd in daemons]
-    time.sleep(for_s)
-    after = [Usage.of(snatd) for _, snatd in daemons]
-    figures = []
+    with daemons[0][0].node.host.popen(sys.executable, "-c", _WAKES_UP) as floor:
+        time.sleep(_QUIET_S)
+        before = [Usage.of(snatd) for _, snatd in daemons]
+        floor_s = cpu_s(floor.pid)
+        time.sleep(for_s)
+        after = [Usage.of(snatd) for _, snatd in daemons]
+        floor_percent = (cpu_s(floor.pid) - floor_s) / for_s * 100
+        floor.kill()
+    figures = [
+        Figure("  floor: an interpreter that wakes up once a second", "% core", (floor_percent,))
+    ]
     for (site, _), then, now in zip(daemons, before, after, strict=True):
         assert now.passes == then.passes, f"{site.backend}: something woke it"
         wakes = ((now.wakes - then.wakes) / (now.at_s - then.at_s),)
@@ -108,6 +116,7 @@ def idle(daemons: Sequence[tuple[Site, Snatd]], for_s: float) -> list[Figure]:
                 "% core",
                 (now.cpu_percent(then),),
                 _IDLE_PERCENT,
+                (floor_percent,),
             ),
             Figure(
                 f"  wake-ups of the main thread, {site.backend}",

@@ -20,15 +20,18 @@ class Usage:
     def of(cls, snatd: Snatd) -> Usage:
         pid = snatd.pid
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # clock_getcpuclockid(3): all threads, in nanoseconds; /proc has ticks of 10 ms, and the
-        # children that were waited for.
-        own_s = time.clock_gettime((~pid << 3) | 2)
+        # Its ticks are 10 ms, but only there are the children that were waited for.
         children_s = (int(fields[13]) + int(fields[14])) / 100
         passes = snatd.status()["passes"]
-        return cls(time.monotonic(), own_s + children_s, _voluntary_switches(pid), passes)
+        return cls(time.monotonic(), cpu_s(pid) + children_s, _voluntary_switches(pid), passes)
 
     def cpu_percent(self, since: Usage) -> float:
         return (self.cpu_s - since.cpu_s) / (self.at_s - since.at_s) * 100
+
+
+def cpu_s(pid: int) -> float:
+    """Of all threads, in nanoseconds: clock_getcpuclockid(3)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def _voluntary_switches(pid: int) -> int:
