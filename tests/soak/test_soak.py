@@ -82,7 +82,7 @@ def _at_rest(world: World) -> Size:
 
 
 @settings(
-    max_examples=400 if LONG else 8,
+    max_examples=80 if LONG else 8,
     stateful_step_count=20,
     deadline=None,
     database=None,
