@@ -229,8 +229,9 @@ def _confirm(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from snatd.status import status
 
-    runtime_dir = config.runtime_dir(options.config)
-    return status(runtime_dir, as_json=options.json, every_s=options.watch)
+    # The daemon's word is there also while the rest of the file is wrong.
+    settings, _ = config.read(options.config)
+    return status(settings.runtime_dir, as_json=options.json, every_s=options.watch)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -421,9 +422,9 @@ def _doctor(options: argparse.Namespace) -> int:
     from snatd.doctor import doctor
     from snatd.node import require_permission
 
-    settings = config.load(options.config)
+    settings, complaints = config.read(options.config)
     require_permission()
-    return _answer(options, doctor(settings))
+    return _answer(options, doctor(settings, complaints))
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -85,50 +85,43 @@ _RESYNC_S = (1.0, 3600.0)
 
 def load(path: Path | None = None) -> Config:
     """Reads the file, or the default one if it exists. Raises ConfigError with all complaints."""
+    settings, complaints = read(path)
+    if complaints:
+        raise ConfigError(complaints)
+    return settings
+
+
+def read(path: Path | None = None) -> tuple[Config, tuple[str, ...]]:
+    """What the file says as far as that can be, the defaults for the rest, and all complaints:
+    for those who look, and do nothing by it. Raises ConfigError only for a named file that is
+    missing."""
     named = path is not None
     path = path or DEFAULT_PATH
     try:
         if why := open_to_others(path):
-            raise ConfigError(
-                (f"{path}: not read, since others decide what it says, and root does it: {why}",)
-            )
+            why = f"{path}: not read, since others decide what it says, and root does it: {why}"
+            return Config(), (why,)
         raw = read_bounded(path, LARGEST_FILE_BYTES)
     except FileNotFoundError:
         if named:
             raise ConfigError((f"{path}: no such file, but --config names it",)) from None
-        return Config()
+        return Config(), ()
     except OSError as error:
-        raise ConfigError((f"{path}: cannot be read: {error.strerror}",)) from None
+        return Config(), (f"{path}: cannot be read: {error.strerror}",)
     except FileRefused as error:
-        raise ConfigError((f"{path}: cannot be read: {error}",)) from None
+        return Config(), (f"{path}: cannot be read: {error}",)
     try:
         table = tomllib.loads(raw.decode())
     except UnicodeDecodeError as error:
-        raise ConfigError((f"{path}: not UTF-8 at byte {error.start}",)) from None
+        return Config(), (f"{path}: not UTF-8 at byte {error.start}",)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a bare ValueError
-        raise ConfigError((f"{path}: not TOML: {error}",)) from None
+        return Config(), (f"{path}: not TOML: {error}",)
     return from_table(table, str(path))
 
 
-def runtime_dir(path: Path | None = None) -> Path:
-    """Where the daemon's word is, also while the rest of the file is wrong.
-
-    Raises ConfigError only for a named file that is missing.
-    """
-    try:
-        return load(path).runtime_dir
-    except ConfigError:
-        if path is not None and not path.exists():
-            raise
-    try:
-        table = tomllib.loads(read_bounded(path or DEFAULT_PATH, LARGEST_FILE_BYTES).decode())
-        return _path(table["runtime_dir"])
-    except (OSError, FileRefused, ValueError, RecursionError, KeyError):
-        return Config.runtime_dir
-
-
-def from_table(table: dict[str, Any], where: str) -> Config:
-    """A configuration from a parsed table; `where` begins each complaint."""
+def from_table(table: dict[str, Any], where: str) -> tuple[Config, tuple[str, ...]]:
+    """A configuration of what is right in a parsed table, and the complaints about the rest, each
+    of which `where` begins."""
     complaints: list[str] = []
     values: dict[str, Any] = {}
     known = [one.name for one in fields(Config)]
@@ -144,9 +137,7 @@ def from_table(table: dict[str, Any], where: str) -> Config:
             values[key] = _value(key, value)
         except ValueError as error:
             complaints.append(f"{where}: {key}: {error}")
-    if complaints:
-        raise ConfigError(tuple(complaints))
-    return Config(**values)
+    return Config(**values), tuple(complaints)
 
 
 def _shown(key: str) -> str:

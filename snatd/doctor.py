@@ -6,13 +6,13 @@ Asks the checks, and prints what they find. Writes nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from snatd import doctor_rivals, doctor_way
 from snatd.config import Config
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendError
+from snatd.core.errors import BackendError, Illegible
 from snatd.core.finding import Finding, Severity, in_order
 from snatd.core.model import count
 from snatd.core.rivals import INSTALL_NFT
@@ -26,11 +26,12 @@ _LIMIT_S = 20.0
 SCHEMA = 1
 
 
-def doctor(settings: Config) -> Answer:
-    """Looks, and says what it found. About a second."""
+def doctor(settings: Config, complaints: Sequence[str] = ()) -> Answer:
+    """Looks, and says what it found. About a second. `complaints`: what is wrong with the file of
+    these settings, which are its other keys and the defaults."""
     tools = Tools()
     view = look(open_edges(settings, tools), settings.policy, Deadline(time.monotonic() + _LIMIT_S))
-    examined = Examined(settings, tools, view)
+    examined = Examined(settings, tools, view, tuple(complaints))
     found = in_order(tuple(finding for check in _CHECKS for finding in _made(check, examined)))
     counted = [one for one in found if one.severity is not Severity.INFO]
     return Answer(
@@ -40,7 +41,6 @@ def doctor(settings: Config) -> Answer:
     )
 
 
-# iptables-nft prints nothing of a table in which a rule is that only nft can write.
 _LEGIBLE = (
     "nft -a list ruleset",
     "# move the rule that iptables cannot write out of iptables' tables into one of its own",
@@ -55,7 +55,7 @@ def _problems(examined: Examined) -> Found:
             "a table cannot be read, so snatd cannot keep it right",
             (str(problem),),
             "rules in it may hide containers, and nobody would see",
-            _LEGIBLE if "use 'nft' tool" in str(problem) else ("snatd check",),
+            _LEGIBLE if isinstance(problem.error, Illegible) else ("snatd check",),
         )
 
 

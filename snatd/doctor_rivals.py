@@ -27,7 +27,7 @@ from snatd.examined import Examined, Found
 from snatd.host import files, processes, status
 from snatd.host.docker import read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
-from snatd.kernel.hooks import FORWARD, NAT, Hooks
+from snatd.kernel.hooks import DNAT, FORWARD, NAT, Hooks
 
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
 _CHECK_ORDER = "/usr/libexec/snatd/check-order"
@@ -126,6 +126,8 @@ def _programs(examined: Examined) -> Found:
     lease = examined.node.lease if examined.node else None
     for dockerd in read_dockers(there):
         yield from docker.file(dockerd)
+        if dockerd.process is not None:
+            yield from docker.rules_gone(dockerd, _where_docker_has_rules(examined))
         if isinstance(lease, Lease):
             yield from docker.masquerade(dockerd, lease, examined.leased)
             for family, leased in lease.families:
@@ -142,6 +144,13 @@ def _programs(examined: Examined) -> Found:
         if one.name == programs.KUBE_PROXY:
             yield from programs.kube_proxy(one, _config_of(one), examined.leased)
     yield from programs.several_snatd(there)
+
+
+def _where_docker_has_rules(examined: Examined) -> dict[str, tuple[Hook, ...]]:
+    places = {"FORWARD": FORWARD, "nat PREROUTING": DNAT}
+    asked = {name: examined.hooks(Family.V4, kind) for name, kind in places.items()}
+    unread = [one.unread for one in examined.rules_read.values()]
+    return {} if any(unread) else asked
 
 
 def _lease(path: Path, there: tuple[programs.Process, ...]) -> Found:
@@ -199,6 +208,15 @@ def _saved(examined: Examined) -> Found:
             yield from boot.saves_live_rules(str(path), text)
 
 
+def _configuration(examined: Examined) -> Found:
+    if examined.complaints:
+        yield boot.configuration_wrong(examined.complaints)
+        return
+    with suppress(*told.NOT_WHOLE):
+        if (said := _said(examined.word)) and (refused := said["configuration_refused"]):
+            yield boot.configuration_refused(refused["why"])
+
+
 def _daemon(examined: Examined) -> Found:
     """Whether snatd itself runs, and will after the next boot."""
     word = examined.word
@@ -223,8 +241,6 @@ def _daemon(examined: Examined) -> Found:
             else:
                 yield from _often(said["recent_repairs"])
             yield from rivals.proved(said["proof"]["wrong"])
-            refused = said["configuration_refused"]
-            yield from boot.configuration_refused(refused["why"] if refused else ())
 
 
 def _often(repairs: Sequence[Mapping[str, Any]]) -> Found:
@@ -257,5 +273,6 @@ CHECKS: tuple[Callable[[Examined], Found], ...] = (
     _backends,
     _programs,
     _saved,
+    _configuration,
     _daemon,
 )

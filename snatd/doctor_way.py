@@ -28,7 +28,7 @@ def _lease(examined: Examined) -> Found:
     if examined.node is None:
         return
     if isinstance(examined.node.lease, Hold):
-        yield way.no_lease(examined.node.lease.reason)
+        yield way.no_lease(examined.node.lease)
         return
     holds = [one.reason for one in examined.view.wanted.values() if isinstance(one, Hold)]
     for reason in dict.fromkeys(holds):

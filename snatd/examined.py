@@ -64,12 +64,13 @@ class Reached:
 @dataclass(frozen=True)
 class Examined:
     """What every check may ask: the configuration, the last look, and what is leased in it. What
-    several ask for is read once."""
+    several ask for is read once. `complaints`: why the configuration is not the file's."""
 
     settings: Config
     tools: Tools
     view: View
-    rules_read: dict[tuple[Family, str], Hooks] = field(default_factory=dict)
+    complaints: tuple[str, ...] = ()
+    rules_read: dict[tuple[Family, str, str], Hooks] = field(default_factory=dict)
 
     @property
     def leased(self) -> tuple[Desired, ...]:
@@ -89,10 +90,10 @@ class Examined:
         """The base chains of some kinds; what of them cannot be read is told at the end. Raises
         BackendError."""
         for one in kinds:
-            if (family, one.hook) not in self.rules_read:
-                read = read_hooks(family, self.tools, self.deadline, one)
-                self.rules_read[family, one.hook] = read
-        return tuple(hook for one in kinds for hook in self.rules_read[family, one.hook].hooks)
+            if (where := (family, one.type, one.hook)) not in self.rules_read:
+                self.rules_read[where] = read_hooks(family, self.tools, self.deadline, one)
+        read = [self.rules_read[family, one.type, one.hook] for one in kinds]
+        return tuple(hook for one in read for hook in one.hooks)
 
     def types(self, family: Family) -> tuple[tuple[str, Ranges], ...]:
         """The node's own addresses by their types. Raises BackendError."""

@@ -199,14 +199,25 @@ def not_answering(headline: str) -> Iterator[Finding]:
     )
 
 
-def configuration_refused(why: Sequence[str]) -> Iterator[Finding]:
-    """`why`: what is wrong with the file that the daemon was told to read; empty if it took it."""
-    if why:
-        yield Finding(
-            "configuration_refused",
-            Severity.WARNING,
-            "the daemon runs with an older configuration than the file's",
-            tuple(why),
-            "it refused the file when it was told to read it again; the next start would fail",
-            ("# correct snatd.toml; `snatd check` says what is wrong", "systemctl reload snatd"),
-        )
+def configuration_wrong(complaints: Sequence[str]) -> Finding:
+    """`complaints`: about the file that this very command read."""
+    return Finding(
+        "configuration_wrong",
+        Severity.ERROR,
+        "snatd does not start or reload with its configuration",
+        tuple(complaints),
+        "what else is told here is by its other keys and the defaults",
+        ("# correct it; `snatd check` says what is wrong", "systemctl reload-or-restart snatd"),
+    )
+
+
+def configuration_refused(why: Sequence[str]) -> Finding:
+    """`why`: what was wrong with the file when the daemon was told to read it."""
+    return Finding(
+        "configuration_refused",
+        Severity.WARNING,
+        "the daemon runs with an older configuration than the file's",
+        tuple(why),
+        "it refused the file when it was told to read it again, and has not been told since",
+        ("systemctl reload snatd",),
+    )

@@ -15,6 +15,7 @@ from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import Family, Interface, Lease, Link, join
 from snatd.core.networks import interface, overlaps
+from snatd.core.packet import Hook
 from snatd.core.programs import Process, boolean, options
 
 DEFAULT_FILE = "/etc/docker/daemon.json"
@@ -184,6 +185,29 @@ def _is(text: str, gateway: Interface) -> bool:
         return interface(text) == gateway
     except ValueError:
         return False
+
+
+def rules_gone(docker: Docker, asked: Mapping[str, Iterable[Hook]]) -> Iterator[Finding]:
+    """Whether a dockerd's own rules are still asked. `asked`: the base chains of each place where
+    it has some, by the place's name."""
+    on, why = docker.is_on("iptables")
+    without = [where for where, hooks in asked.items() if not any(map(_is_dockers, hooks))]
+    if on and without:
+        yield Finding(
+            "docker_rules_gone",
+            Severity.WARNING,
+            "somebody removed rules of Docker's",
+            (why, *(f"nothing in {where} leads to a chain of Docker's" for where in without)),
+            "published ports may not answer, and Docker's networks are not kept apart; what snatd "
+            "promises holds meanwhile",
+            (f"{_RESTART}  # writes them again",),
+        )
+
+
+def _is_dockers(hook: Hook) -> bool:
+    """Its table for nft is `docker-bridges` (Docker 29)."""
+    by_nft = hook.table.endswith(" docker-bridges")
+    return by_nft or any(name.startswith("DOCKER") for name in hook.chains)
 
 
 def networks(links: Iterable[Link], wanted: Desired) -> Iterator[Finding]:

@@ -55,6 +55,10 @@ class BackendFailed(BackendError):
     """The kernel or the tool refused, or its output cannot be trusted."""
 
 
+class Illegible(BackendFailed):
+    """iptables-nft prints nothing of a table in which a rule is that only nft can write."""
+
+
 class NotConverged(BackendError):
     """The write was accepted, yet the ruleset reads back differently from what was planned."""
 
@@ -70,7 +74,12 @@ class FlowError(SnatdError):
 
 
 class LeaseError(SnatdError):
-    """subnet.env is missing, half-written, malformed or contradicts itself."""
+    """subnet.env is missing, half-written, malformed or contradicts itself. `explained`: its text
+    says how to mend it."""
+
+    def __init__(self, text: str, *, explained: bool = False) -> None:
+        super().__init__(text)
+        self.explained = explained
 
 
 _SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.ENOSPC}

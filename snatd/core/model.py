@@ -94,9 +94,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Hold:
-    """We do not know enough to touch anything, and why. Unknown is not empty."""
+    """We do not know enough to touch anything, and why. Unknown is not empty. `explained`: the
+    reason says how to mend it."""
 
     reason: str
+    explained: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
-from snatd.core.model import Address, Family, FamilyLease, Interface, Link, count, join
+from snatd.core.model import Address, Family, FamilyLease, Hold, Interface, Link, count, join
 from snatd.core.networks import contains
 from snatd.core.surroundings import Device, Hop, Neighbour, Surroundings
 
@@ -479,14 +479,14 @@ def undecided(reason: str) -> Finding:
     )
 
 
-def no_lease(reason: str) -> Finding:
+def no_lease(hold: Hold) -> Finding:
     return Finding(
         "no_lease",
         Severity.ERROR,
         "what flannel leased to this node is not known",
-        (reason,),
+        (hold.reason,),
         "without it snatd keeps no address, and doctor cannot look at the containers' way",
         ("# the reason says how to mend it",)
-        if "`chmod" in reason
+        if hold.explained
         else ("systemctl status flanneld", "# or `subnet_file` in snatd.toml names another place"),
     )

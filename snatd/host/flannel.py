@@ -36,7 +36,7 @@ def read_lease(path: Path) -> Lease | Hold:
     try:
         return parse_lease(_read(path))
     except LeaseError as error:
-        return Hold(f"{path}: {error}")
+        return Hold(f"{path}: {error}", error.explained)
     except OSError as error:
         return Hold(f"{path}: {_WHY.get(type(error), error.strerror)}")
 
@@ -56,7 +56,8 @@ def _read(path: Path) -> str:
         if why := open_to_others(path):
             raise LeaseError(
                 f"not believed, since others could have written it: {why}: read it, then "
-                "`chown root` and `chmod go-w`"
+                "`chown root` and `chmod go-w`",
+                explained=True,
             )
         # A regular file gives all that it has in one read.
         content = os.read(descriptor, LARGEST_FILE_BYTES + 1)

@@ -54,6 +54,7 @@ class Kind:
 
 _FILTERS = {"mangle": -150, "filter": 0, "security": 50}
 NAT = Kind("nat", "postrouting", {"nat": 100})
+DNAT = Kind("nat", "prerouting", {"nat": -100})
 PREROUTING = Kind("filter", "prerouting", {"raw": -300, "mangle": -150})
 INPUT, FORWARD = Kind("filter", "input", _FILTERS), Kind("filter", "forward", _FILTERS)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from snatd.core.deadline import Deadline
-from snatd.core.errors import BackendFailed
+from snatd.core.errors import BackendFailed, Illegible
 from snatd.core.model import POSTROUTING, Backend, Family, Ruleset
 from snatd.core.plan import ChainEdit, Transaction
 from snatd.kernel.listing import is_as_read, read_ruleset
@@ -33,15 +33,20 @@ class NftTables:
         """Creates nothing. About 2 ms a chain, whatever the size of the table; 0.05 ms where there
         is no table.
 
-        A native rule in the table makes iptables-nft print nothing ("incompatible"): BackendFailed,
-        and the caller goes on.
+        A native rule in the table makes iptables-nft print nothing ("incompatible, use 'nft'
+        tool"): Illegible, and the caller goes on.
         """
         if self._is_legacy_node():
             return Ruleset(self.family, self.backend)
         # Without the tool it could not be written either, which a pass shall say at once.
         if self._tools.find(f"{self.family.command}-nft") and not has_table(self.family, "nat"):
             return Ruleset(self.family, self.backend)
-        return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
+        try:
+            return read_ruleset(self.family, self.backend, self._tools, deadline, thorough=thorough)
+        except BackendFailed as error:
+            if "use 'nft' tool" in str(error):
+                raise Illegible(str(error)) from None
+            raise
 
     def _is_legacy_node(self) -> bool:
         """Whether the node has legacy tools only, and so no rules made by the others. A tool that

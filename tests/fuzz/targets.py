@@ -25,7 +25,6 @@ from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired, desired
 from snatd.core.errors import (
     BackendError,
-    ConfigError,
     FlowError,
     LeaseError,
     RuleError,
@@ -404,18 +403,9 @@ def _concerns_nat(kind: int, attributes: Sequence[tuple[int, bytes]]) -> bool:
 
 
 def toml(data: bytes) -> None:
-    """A configuration, or ConfigError; printed and read again it is the same."""
-    path = _written("snatd.toml", data)
-    assert config.runtime_dir(path).is_absolute()
-    try:
-        found = config.load(path)
-    except ConfigError as error:
-        complaints = error.complaints
-    else:
-        complaints = ()
-    if complaints:
-        assert all("\n" not in one for one in complaints), complaints
-        return
+    """A configuration, or complaints; printed and read again it is the same."""
+    found, complaints = config.read(_written("snatd.toml", data))
+    assert all("\n" not in one for one in complaints), complaints
     assert found.policy.networks == found.networks
     assert 0 <= found.marks < 2**32
     assert config.load(_written("again.toml", _toml_text(found).encode())) == found

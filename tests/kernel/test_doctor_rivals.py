@@ -140,7 +140,7 @@ def test_a_healthy_node_with_all_that_is_usual(lab: Lab, tmp_path: Path, flannel
     )
     node.write_lease(ipmasq=bool(flannel))
     node.host.shell(KUBE.format(mark="0x4000") + USUAL + flannel)
-    node.host.program("dockerd", "-H", "fd://", "--containerd=/run/containerd/containerd.sock")
+    docker(node.host, "-H", "fd://", "--containerd=/run/containerd/containerd.sock")
     node.host.program("kube-proxy", "--cluster-cidr=172.7.0.0/16", "--masquerade-all=false")
     add(node, "-I", "POSTROUTING", *node.broad_rule)
     with Snatd(node.host, tmp_path) as snatd:
@@ -169,7 +169,7 @@ def test_it_reads_only(nft_lab: Lab, tmp_path: Path) -> None:
 
 
 def test_without_a_lease(host: Namespace, tmp_path: Path) -> None:
-    host.program("dockerd", "--bip=172.7.21.1/24")
+    docker(host, "--bip=172.7.21.1/24")
     with Snatd(host, tmp_path) as snatd:
         assert found(snatd) == {}
 
@@ -181,7 +181,7 @@ def test_dockers_rule(lab: Lab, tmp_path: Path, backend: str) -> None:
     node, neighbour = lab.nodes
     node.write_lease()
     own_etc(node)
-    dockerd = node.host.program("dockerd")
+    dockerd = docker(node.host)
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     assert seen_by(node.container, neighbour.container_address) == node.address
     with Snatd(node.host, tmp_path) as snatd:
@@ -517,7 +517,7 @@ def test_a_daemon_json_that_docker_refuses(snatd: Snatd, daemon_json: Path) -> N
 
 def test_what_docker_is_told_twice(node: Node, snatd: Snatd, daemon_json: Path) -> None:
     daemon_json.write_text('{"bip": "172.7.21.1/24"}')
-    dockerd = node.host.program("dockerd", "--bip", "172.7.21.1/24")
+    dockerd = docker(node.host, "--bip", "172.7.21.1/24")
     one = only(snatd, "docker_config")
     assert one["evidence"] == [
         f"dockerd (pid {dockerd.pid}): --bip is given, and /etc/docker/daemon.json has "
@@ -527,17 +527,59 @@ def test_what_docker_is_told_twice(node: Node, snatd: Snatd, daemon_json: Path) 
     silent(snatd)
 
 
+def docker(
+    host: Namespace, *arguments: str, name: str = "dockerd", iptables: str = "iptables"
+) -> subprocess.Popen[bytes]:
+    """A process of its name, and what leads to its rules."""
+    for table, chain in (("filter", "FORWARD"), ("nat", "PREROUTING")):
+        command = f"{iptables} -w -t {table}"
+        host.shell(
+            f"{command} -S DOCKER || {{ {command} -N DOCKER; {command} -A {chain} -j DOCKER; }}"
+        )
+    return host.program(name, *arguments)
+
+
 def restarted(
     node: Node, dockerd: subprocess.Popen[bytes], *arguments: str
 ) -> subprocess.Popen[bytes]:
     dockerd.kill()
     dockerd.wait()
-    return node.host.program("dockerd", *arguments)
+    return docker(node.host, *arguments)
+
+
+@pytest.mark.usefixtures("daemon_json")
+@pytest.mark.parametrize("backend", ["nft", "legacy"])
+def test_somebody_removed_dockers_rules(node: Node, snatd: Snatd, backend: str) -> None:
+    tool = f"iptables-{backend}"
+    dockerd = docker(node.host, "--bip=172.7.21.1/24", iptables=tool)
+    silent(snatd)
+    node.host.shell(f"{tool} -F FORWARD")
+    one = only(snatd, "docker_rules_gone")
+    assert one["evidence"] == [
+        f"dockerd (pid {dockerd.pid}): --iptables is not given, so it is on",
+        "nothing in FORWARD leads to a chain of Docker's",
+    ]
+    node.host.shell(f"{tool} -t nat -F PREROUTING")
+    one = only(snatd, "docker_rules_gone")
+    assert one["evidence"][2:] == ["nothing in nat PREROUTING leads to a chain of Docker's"]
+    restarted(node, dockerd, "--bip=172.7.21.1/24", "--iptables=false")
+    only(snatd, "nobody_masquerades", "info")
+
+
+@pytest.mark.usefixtures("daemon_json")
+def test_docker_with_tables_of_its_own(node: Node, snatd: Snatd) -> None:
+    """As Docker 29 writes them with "firewall-backend": "nftables"."""
+    chains = {"filter-FORWARD": "filter hook forward", "nat-prerouting": "nat hook prerouting"}
+    node.host.run("nft", "add table ip docker-bridges")
+    for name, hook in chains.items():
+        node.host.run("nft", f"add chain ip docker-bridges {name} {{ type {hook} priority 0; }}")
+    node.host.program("dockerd", "--bip=172.7.21.1/24")
+    silent(snatd)
 
 
 def test_flannel_and_docker_both_masquerade(node: Node, snatd: Snatd, daemon_json: Path) -> None:
     node.write_lease(ipmasq=True)
-    dockerd = node.host.program("dockerd")
+    dockerd = docker(node.host)
     one = only(snatd, "two_masquerade")
     assert one["evidence"] == [
         "subnet.env: FLANNEL_IPMASQ=true",
@@ -563,16 +605,16 @@ def test_flannel_and_docker_both_masquerade(node: Node, snatd: Snatd, daemon_jso
 def test_docker_elsewhere_is_no_rival(node: Node, nft_lab: Lab, snatd: Snatd) -> None:
     """In another network namespace, with another bridge, without rules, or just the client."""
     node.write_lease(ipmasq=True)
-    nft_lab.nodes[1].host.program("dockerd")
-    node.host.program("dockerd", "-b", "none")
-    node.host.program("dockerd", "--iptables=false", "--bip=172.7.21.1/24")
+    docker(nft_lab.nodes[1].host)
+    docker(node.host, "-b", "none")
+    docker(node.host, "--iptables=false", "--bip=172.7.21.1/24")
     node.host.program("docker", "run", "-d", "--ip-masq=true")
     silent(snatd)
 
 
 @pytest.mark.usefixtures("daemon_json")
 def test_neither_masquerades(node: Node, snatd: Snatd) -> None:
-    node.host.program("docker", "daemon", "--ip-masq=0", "--bip=172.7.21.1/24")
+    docker(node.host, "daemon", "--ip-masq=0", "--bip=172.7.21.1/24", name="docker")
     one = only(snatd, "nobody_masquerades", "info")
     assert one["evidence"][0] == "subnet.env: FLANNEL_IPMASQ=false"
 
@@ -583,7 +625,7 @@ def test_a_config_file_elsewhere(node: Node, snatd: Snatd) -> None:
     config = node.host.path("/run/away/daemon.json")
     config.parent.mkdir()
     config.write_text('{"ip-masq": false}')
-    node.host.program("dockerd", "--config-file", "/run/away/daemon.json")
+    docker(node.host, "--config-file", "/run/away/daemon.json")
     silent(snatd)
     # And one that only the process itself sees.
     hidden = node.host.popen(
@@ -605,7 +647,7 @@ def test_a_config_file_elsewhere(node: Node, snatd: Snatd) -> None:
 def test_dockers_bip(node: Node, snatd: Snatd, daemon_json: Path) -> None:
     """docker0 is right as long as it is not made anew."""
     daemon_json.write_text('{"bip": "172.7.33.1/24"}')
-    dockerd = node.host.program("dockerd")
+    dockerd = docker(node.host)
     one = only(snatd, "docker_bip")
     assert one["evidence"] == [
         '/etc/docker/daemon.json: "bip": "172.7.33.1/24"',
@@ -624,7 +666,7 @@ def test_dockers_bip(node: Node, snatd: Snatd, daemon_json: Path) -> None:
 @pytest.mark.usefixtures("daemon_json")
 def test_dockers_bip_while_nothing_carries_the_lease(node: Node, snatd: Snatd) -> None:
     node.host.shell("ip addr del 172.7.21.1/24 dev docker0; ip addr add 172.17.0.1/16 dev docker0")
-    dockerd = node.host.program("dockerd")
+    dockerd = docker(node.host)
     assert found(snatd)["docker_bip"]["severity"] == "warning"
     restarted(node, dockerd, "--bip=172.7.33.1/24")
     assert found(snatd)["docker_bip"]["severity"] == "error"
@@ -781,6 +823,11 @@ def test_a_configuration_that_the_daemon_refused(snatd: Snatd) -> None:
     snatd.signal(SIGHUP)
     snatd.wait_for("configuration_refused")
     until(lambda: snatd.status()["configuration_refused"], "the word of it")
+    assert "'watch' is none of" in found(snatd)["configuration_wrong"]["evidence"][0]
+    # The other keys count, among them where the daemon's word is.
+    snatd.config.write_text(good + 'mode = "watch"\nunheard_of = "x"\n')
+    one = only(snatd, "configuration_wrong", "error")
+    assert [where.split(":")[1] for where in one["evidence"]] == [" mode", " unheard_of"]
     snatd.config.write_text(good)
     one = only(snatd, "configuration_refused")
     assert "'watch' is none of" in one["evidence"][0]
@@ -791,7 +838,7 @@ def test_a_configuration_that_the_daemon_refused(snatd: Snatd) -> None:
 
 @pytest.mark.usefixtures("daemon_json")
 def test_programs_that_come_and_go(node: Node, snatd: Snatd) -> None:
-    node.host.program("dockerd", "--bip=172.7.21.1/24")
+    docker(node.host, "--bip=172.7.21.1/24")
     rival = node.host.popen(
         "sh",
         "-c",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,7 @@ def written(tmp_path: Path, content: str | bytes) -> Path:
 
 
 def complaints(table: dict[str, Any]) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
-        from_table(table, "snatd.toml")
-    return caught.value.complaints
+    return from_table(table, "snatd.toml")[1]
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -147,19 +146,18 @@ def test_an_unknown_key_is_told_which_one_is_meant() -> None:
     ],
 )
 def test_a_wrong_value_is_one_complaint(key: str, value: object, why: str) -> None:
-    with pytest.raises(ConfigError, match=why) as caught:
-        from_table({key: value}, "snatd.toml")
-    assert len(caught.value.complaints) == 1
-    assert caught.value.complaints[0].startswith(f"snatd.toml: {key}: ")
+    (complaint,) = complaints({key: value})
+    assert complaint.startswith(f"snatd.toml: {key}: ")
+    assert re.search(why, complaint)
 
 
 def test_excluding_all_the_world_is_a_wish() -> None:
-    assert from_table({"exclude": ["0.0.0.0/0"]}, "").exclude == networks("0.0.0.0/0")
+    assert from_table({"exclude": ["0.0.0.0/0"]}, "")[0].exclude == networks("0.0.0.0/0")
 
 
 def test_the_bounds_belong_to_the_range() -> None:
-    assert from_table({"resync": 1}, "").resync == 1.0
-    assert from_table({"resync": 3600.0}, "").resync == 3600.0
+    assert from_table({"resync": 1}, "")[0].resync == 1.0
+    assert from_table({"resync": 3600.0}, "")[0].resync == 3600.0
 
 
 @pytest.mark.parametrize(

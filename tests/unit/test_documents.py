@@ -134,7 +134,7 @@ def test_the_example_has_every_key_commented_with_its_default() -> None:
     table = tomllib.loads("\n".join(keys))
     assert set(table) == {one.name for one in fields(config.Config)}
     del table["metrics_textfile"]  # it has no default
-    assert config.from_table(table, "snatd.toml") == config.Config()
+    assert config.from_table(table, "snatd.toml") == (config.Config(), ())
 
 
 def findings_in_the_code() -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from snatd.core import passage, routes, sizes, way
 from snatd.core.finding import Finding, Severity, in_order
-from snatd.core.model import Backend, Family, FamilyLease
+from snatd.core.model import Backend, Family, FamilyLease, Hold
 from snatd.core.packet import Hook
 from snatd.core.passage import Leg, Rules
 from snatd.core.routes import Peer, best, peer
@@ -161,8 +161,8 @@ def test_a_bridge_that_docker_lost() -> None:
 
 
 def test_a_lease_that_is_not_believed_says_itself_what_to_do() -> None:
-    assert way.no_lease("x: read it, then `chown root` and `chmod go-w`").remedy[0][0] == "#"
-    assert way.no_lease("x: no such file").remedy[0] == "systemctl status flanneld"
+    assert way.no_lease(Hold("x: read it", explained=True)).remedy[0][0] == "#"
+    assert way.no_lease(Hold("x: no such file")).remedy[0] == "systemctl status flanneld"
 
 
 def test_of_two_devices_the_one_with_containers_keeps_the_address() -> None:
