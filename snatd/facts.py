@@ -132,8 +132,7 @@ class Facts:
                 "it undoes each repair",
                 f"at the last look {self._state}",
             ]
-            guards = [one["in_place"] for one in self._view.get("guard", ())]
-            if self._state != "in sync" and guards and all(guards):
+            if self._state != "in sync" and self._is_guarded():
                 parts.append("the guard keeps cluster addresses meanwhile")
         if self._refused:
             at = self._clock(self._refused["at"])
@@ -145,7 +144,9 @@ class Facts:
             ]
         changed = self._changed()
         if self.mode == "observe":
-            parts.append("mode is observe: nothing is changed")
+            keeps = "the guard" if self._is_guarded() else "no guard"
+            meanwhile = f", {keeps} keeps cluster addresses" if self._view.get("plan") else ""
+            parts.append(f"mode is observe: nothing is changed{meanwhile}")
         wrong = self._is_wrong()
         if wrong:
             parts.append("the rules are in sync, but " + wrong)
@@ -163,6 +164,10 @@ class Facts:
         if self.metrics_problem:
             parts.append(f"metrics not written: {self.metrics_problem}")
         return tuple(map(report.plain, parts))
+
+    def _is_guarded(self) -> bool:
+        guards = [one["in_place"] for one in self._view.get("guard", ())]
+        return bool(guards) and all(guards)
 
     def _changed(self) -> int:
         """The containers' own connections are a better proof than a datagram of ours."""

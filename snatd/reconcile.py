@@ -143,7 +143,9 @@ def _look_at_rules(view: View, edges: Edges, policy: Policy, deadline: Deadline)
     problems = []
     decided = {one: want for one, want in view.wanted.items() if not isinstance(want, Hold)}
     for tables in edges.tables:
-        if tables.family not in decided or not view.node.has(tables.family):
+        # Of what is held only the guard is looked at: it stays, and does its work meanwhile.
+        wanted_here = tables.family in decided or tables.backend is Backend.GUARD
+        if not (wanted_here and view.node.has(tables.family)):
             continue
         try:
             rulesets[tables.family][tables.backend] = tables.read(deadline)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from snatd.core.desired import Desired
 from snatd.core.errors import BackendBusy, NotConverged
 from snatd.core.model import Backend, Family, Hold, Lease, Ruleset, count
 from snatd.core.plan import Transaction
@@ -128,7 +129,7 @@ def document(view: View) -> dict[str, Any]:
             for one in view.leased
         ],
         "rulesets": [_ruleset(one) for one in view.rulesets if one.backend is not Backend.GUARD],
-        "guard": [_guard(one.family, view) for one in view.leased],
+        "guard": [_guard(family, view) for family in _guarded(view)],
         "waiting_for": list(view.holds),
         "problems": [
             {
@@ -152,6 +153,19 @@ def _ruleset(ruleset: Ruleset) -> dict[str, Any]:
         "ours": [f"-A POSTROUTING {text}" for text in ours],
         "own_chains": list(own_jumps(ruleset.postrouting)),
     }
+
+
+def _guarded(view: View) -> list[Family]:
+    """The families that shall have a guard, and those that have that of a lease which is not known
+    any more."""
+    there = [
+        one.family for one in view.rulesets if one.backend is Backend.GUARD and one.postrouting
+    ]
+    return [
+        family
+        for family, wanted in view.wanted.items()
+        if isinstance(wanted, Desired) or (isinstance(wanted, Hold) and family in there)
+    ]
 
 
 def _guard(family: Family, view: View) -> dict[str, Any]:

@@ -225,12 +225,14 @@ def _table(word: Word, said: dict[str, Any], now: datetime) -> Iterator[_Row]:
             yield _Row(label, rule)
     if empty:
         yield _Row("no rules", f"in POSTROUTING of {join(empty)}")
+    leased = [one["family"] for one in said["families"]]
     for one in said["guard"]:
         says = f"not in place: {one['why_not']}"
         colour = "" if one["why_not"] == "off" else "yellow"
         if one["in_place"]:
             # A nat chain sees the first packet of a connection only.
-            says, colour = f"in place, kept the address of {_connections(one)}", ""
+            before = "" if one["family"] in leased else " for the lease before"
+            says, colour = f"in place{before}, kept the address of {_connections(one)}", ""
         yield _Row(f"{one['family']} guard", says, colour)
     yield from _suspects(said)
     yield from _proof(said, now)

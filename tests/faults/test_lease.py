@@ -34,6 +34,8 @@ def test_fault_17_the_folder_comes_and_goes_five_times(
     for turn in range(5):
         shutil.rmtree(folder)
         until(lambda: snatd.status()["state"] == "waiting", "the folder removed")
+        (guard,) = snatd.status()["guard"]
+        assert (guard["family"], guard["in_place"]) == ("ipv4", True)
         if turn % 2:
             folder.write_text("not a folder")
             until(lambda: "not a directory" in snatd.status()["headline"], "a file there")

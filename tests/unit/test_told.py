@@ -173,6 +173,12 @@ def waiting() -> dict[str, Any]:
     return story.at("02:40:48").run("start").finds(suspects=[]).document()
 
 
+def lost_lease() -> dict[str, Any]:
+    story = started(Story())
+    story.node = node(Hold("/run/flannel/subnet.env: no such file: waiting for flanneld"))
+    return story.at("02:40:48").run("subnet_file").finds(suspects=[]).document()
+
+
 def no_bridge() -> dict[str, Any]:
     return started(Story(node(None, LO))).finds(suspects=[]).document()
 
@@ -255,6 +261,7 @@ CASES = {
     "in-sync": (Word(Life.ANSWERS, in_sync(), 26.2, 27287), EXIT_OK),
     "drift": (Word(Life.ANSWERS, drift(), 3.0, 27287), EXIT_DRIFT),
     "waiting": (Word(Life.ANSWERS, waiting(), 700.0, 27287), EXIT_DRIFT),
+    "lost-lease": (Word(Life.ANSWERS, lost_lease(), 3.0, 27287), EXIT_DRIFT),
     "no-bridge": (Word(Life.ANSWERS, no_bridge(), 3.0, 27287), EXIT_DRIFT),
     "degraded": (Word(Life.ANSWERS, degraded(), 3.0, 27287), EXIT_DRIFT),
     "snated": (Word(Life.ANSWERS, snated(), 3.0, 27287), EXIT_DRIFT),
@@ -307,6 +314,7 @@ def test_colours_of_the_headline() -> None:
     assert {name for name in colours if colours[name] == "yellow"} == {
         "drift",
         "waiting",
+        "lost-lease",
         "no-bridge",
         "refused-configuration",
         "unseen",
