@@ -403,7 +403,7 @@ class Daemon:
                 writer=join(names) if names else None,
                 repairs=repairs,
                 lasted_s=lasted_s,
-                guard=report.guard_meanwhile(done.view),
+                guard=report.guard_meanwhile(done.view, undone=self._facts.guard_is_undone),
                 hint=_FIGHT_HELP,
             )
 
@@ -417,7 +417,7 @@ class Daemon:
                     family=one.family.value,
                     backend=one.backend.value,
                     rule=list(one.added) or None,
-                    removed=list(one.removed) or None,
+                    removed=list(one.removed_for(reason)) or None,
                     why=reason.why,
                     trigger=",".join(triggers) or "resync",
                     writer=join(named) if named else None,

@@ -243,9 +243,13 @@ def _daemon(examined: Examined) -> Found:
             yield from rivals.proved(said["proof"]["wrong"])
 
 
+# What snatd is told, and what the node's other parts do, is nobody's undoing.
+_OUR_OWN_CAUSES = {"start", "reload", "subnet_file", "link"}
+
+
 def _often(repairs: Sequence[Mapping[str, Any]]) -> Found:
     now = datetime.now(UTC)
-    by_rivals = [one for one in repairs if one["trigger"] != "start"]
+    by_rivals = [one for one in repairs if _OUR_OWN_CAUSES.isdisjoint(one["trigger"].split(","))]
     ages_s = [(now - datetime.fromisoformat(one["at"])).total_seconds() for one in by_rivals]
     writers = [
         f"{who['comm']}{' of ' + who['of'] if who['of'] else ''}"

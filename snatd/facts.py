@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from snatd import __version__, report
-from snatd.core.model import count, join
+from snatd.core.model import Backend, count, join
 from snatd.core.plan import Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
@@ -129,10 +129,11 @@ class Facts:
         if self._fight:
             parts = [
                 f"fighting with {self._fight['with']} since {self._clock(self._fight['since'])}",
-                "it undoes each repair",
+                "it undoes each repair" + (", the guard too" if self.guard_is_undone else ""),
                 f"at the last look {self._state}",
             ]
-            if self._state != "in sync" and self._is_guarded():
+            guarded = self._is_guarded() and not self.guard_is_undone
+            if self._state != "in sync" and guarded:
                 parts.append("the guard keeps cluster addresses meanwhile")
         if self._refused:
             at = self._clock(self._refused["at"])
@@ -154,7 +155,7 @@ class Facts:
             parts.append(self._exposed)
         elif changed and self._view.get("in_sync"):
             parts.append(f"{count(changed, 'new connection')} did not keep their address")
-        else:
+        elif not self.guard_is_undone:
             parts += self._particulars
         parts += [
             f"saved rules {one['path']} {one['state']}"
@@ -164,6 +165,14 @@ class Facts:
         if self.metrics_problem:
             parts.append(f"metrics not written: {self.metrics_problem}")
         return tuple(map(report.plain, parts))
+
+    @property
+    def guard_is_undone(self) -> bool:
+        """Whether whom the daemon fights with takes the guard away too."""
+        return self._fight is not None and any(
+            one["backend"] == Backend.GUARD.value and one["at"] >= self._fight["since"]
+            for one in self._recent
+        )
 
     def _is_guarded(self) -> bool:
         guards = [one["in_place"] for one in self._view.get("guard", ())]

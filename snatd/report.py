@@ -193,8 +193,11 @@ def _guard(family: Family, view: View) -> dict[str, Any]:
     }
 
 
-def guard_meanwhile(view: View) -> str:
-    """What becomes of cluster traffic while a rule that hides it stands."""
+def guard_meanwhile(view: View, *, undone: bool) -> str:
+    """What becomes of cluster traffic while a rule that hides it stands. `undone`: whether a rival
+    takes the guard away too."""
+    if undone:
+        return "undone as well: what begins before it is repaired is masqueraded, and stays so"
     families = [one.family for one in view.leased]
     if families and all(_guard(family, view)["in_place"] for family in families):
         return "in place: cluster traffic keeps its address all the same"

@@ -91,6 +91,18 @@ class Transaction:
     def removed(self) -> tuple[str, ...]:
         return self._lines((edit.chain, rule) for edit in self.edits for rule in edit.removed)
 
+    def removed_for(self, reason: Reason) -> tuple[str, ...]:
+        """Of several reasons one is about what somebody wrote, the others about what is ours."""
+        if len(self.reasons) < 2:
+            return self.removed
+        narrowed = reason.change is Change.NARROWED
+        return self._lines(
+            (edit.chain, rule)
+            for edit in self.edits
+            for rule in edit.removed
+            if (edit.chain == POSTROUTING and not is_ours(rule)) is narrowed
+        )
+
     @property
     def added(self) -> tuple[str, ...]:
         return self._lines((edit.chain, rule) for edit in self.edits for rule in edit.added)

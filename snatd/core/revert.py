@@ -27,11 +27,13 @@ from snatd.core.rules import Spec, is_ours, parse
 class Memory:
     """The broad rules that ours stand for, in one backend and family: text and number of copies.
 
-    No rule in it says that there was none: ours were added.
+    No rule in it says that there was none: ours were added. `gone`: texts of those that would not
+    be there without us either, see `lapsed`.
     """
 
     subnet: Network
     replaced: tuple[tuple[str, int], ...] = ()
+    gone: frozenset[str] = frozenset()
 
 
 def remember(transaction: Transaction, subnet: Network, before: Memory | None) -> Memory:
@@ -39,12 +41,26 @@ def remember(transaction: Transaction, subnet: Network, before: Memory | None) -
 
     Of a rule that its owner writes again and again, the largest number of copies counts.
     """
-    kept = before.replaced if before and before.subnet == subnet else ()
-    copies = Counter(dict(kept))
+    if before is None or before.subnet != subnet:
+        before = Memory(subnet)
+    copies, gone = Counter(dict(before.replaced)), before.gone
     for edit in transaction.edits:
         if edit.chain == POSTROUTING:
-            copies |= Counter(rule.text for rule in edit.removed if not is_ours(rule))
-    return Memory(subnet, tuple(copies.items()))
+            here = Counter(rule.text for rule in edit.removed if not is_ours(rule))
+            copies |= here
+            gone -= here.keys()
+    return Memory(subnet, tuple(copies.items()), gone)
+
+
+def lapsed(memory: Memory, transaction: Transaction) -> Memory:
+    """What a transaction says of other memories of its family and subnet, in whichever backend.
+
+    Ours is added where nothing masquerades any more: a boot or somebody's flush took ours away,
+    and would have taken what it stood for.
+    """
+    if all(reason.change is not Change.ADDED for reason in transaction.reasons):
+        return memory
+    return replace(memory, gone=frozenset(text for text, _ in memory.replaced))
 
 
 def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) -> Transaction:
@@ -53,7 +69,8 @@ def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) 
     `today` is the subnet leased now, None if unknown: what belongs to another subnet goes without
     a replacement, and a memory of another is not replayed. Where there is no memory of a rule's
     subnet, it becomes the broad rule of its own shape again, since taking it away would take away
-    the egress too. What ours no longer stands for (somebody deleted it) comes back at the end.
+    the egress too. What ours no longer stands for (somebody deleted it) comes back at the end,
+    unless it would be gone anyway.
     """
     there = Counter(rule.text for rule in ruleset.postrouting)
     # What its owner has put back since is not put back again.
@@ -78,9 +95,10 @@ def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) 
             first = Rule(text, rule.counters, shape.origin)
             after += [first] + [replace(first, counters=None)] * (of_subnet.pop(text) - 1)
     known = today or (memories[-1].subnet if memories else None)
+    gone = {text for one in memories if one.subnet == known for text in one.gone}
     if known is not None:
         for text, copies in left.get(known, Counter[str]()).items():
-            after += [Rule(text)] * copies
+            after += [] if text in gone else [Rule(text)] * copies
     edits = (
         ChainEdit(POSTROUTING, ruleset.postrouting, tuple(after)),
         *without_chains(ruleset, after),

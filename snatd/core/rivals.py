@@ -5,9 +5,11 @@ Pure. What a rule can do is decided in `trace`, what is to be done about it in `
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from snatd.core.desired import Desired
@@ -271,21 +273,24 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
         )
 
 
-_OFTEN, _WITHIN_S = 5, 300.0
+_OFTEN, _WITHIN_S, _BURST_S = 4, 300.0, 1.5
 
 
 def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:
-    """`ages_s`: of the last repairs, the newest first. Who writes slowly is repaired each time, and
-    that is no fight; but he should stop all the same."""
-    if len(ages_s) < _OFTEN or ages_s[_OFTEN - 1] > _WITHIN_S:
+    """`ages_s`: of the last repairs of what others wrote, the newest first. Who writes slowly is
+    repaired each time, and that is no fight; but he should stop all the same. One restart of a
+    service, which writes several times, is no more than that."""
+    recent = [age_s for age_s in ages_s if age_s <= _WITHIN_S]
+    times = 1 + sum(later + _BURST_S < one for later, one in pairwise(recent))
+    if not recent or times < _OFTEN:
         return
     yield Finding(
         "repaired_often",
         Severity.WARNING,
         "another program undoes snatd's repairs again and again",
         (
-            f"{_OFTEN} repairs in {ages_s[_OFTEN - 1] - ages_s[0]:.0f} s, the last {ages_s[0]:.0f} "
-            "s ago",
+            f"{count(len(recent), 'repair')} in {recent[-1] - recent[0]:.0f} s, the last "
+            f"{recent[0]:.0f} s ago",
             *some(f"{one} wrote before" for one in writers),
         ),
         "repairs go on; what the guard does not keep is wrong in between",
@@ -295,18 +300,22 @@ def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:
 
 def fighting(fight: Mapping[str, Any]) -> Finding:
     """`fight`: what the daemon says of it."""
+    units = dict.fromkeys(_UNIT.findall(fight["with"]))
+    keep = [f"systemctl status {shlex.quote(one)}  # keep it from that" for one in units]
+    if not units or "docker.service" in units:
+        keep.append('# for Docker: "ip-masq": false in /etc/docker/daemon.json')
     return Finding(
         "fighting",
         Severity.WARNING,
         "another program undoes each repair of snatd's",
         (f"{fight['with']}: {count(fight['repairs'], 'repair')} since {fight['since']}",),
         "repairs go on, further apart; what the guard does not keep is wrong in between",
-        (
-            "journalctl -x SNATD_EVENT=fighting",
-            '# keep that program from it; Docker: "ip-masq": false in /etc/docker/daemon.json',
-        ),
+        ("journalctl -x SNATD_EVENT=fighting", *keep),
     )
 
+
+# As `kernel.events` names who wrote.
+_UNIT = re.compile(r"\) of ([\w@.:\\-]+\.(?:service|scope))")
 
 _BY_MARK = ("KUBE-POSTROUTING", "CNI-HOSTPORT-MASQ", "NETAVARK-HOSTPORT-MASQ")
 

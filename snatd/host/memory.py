@@ -12,7 +12,7 @@ from typing import Any
 from snatd.core.errors import SnatdError
 from snatd.core.model import Backend, Family, Network
 from snatd.core.plan import Transaction
-from snatd.core.revert import Memory, remember
+from snatd.core.revert import Memory, lapsed, remember
 from snatd.host.files import FileRefused, make_directory, open_to_others, read_bounded, write_whole
 
 SCHEMA = 1
@@ -66,7 +66,10 @@ class MemoryFile:
                 "family": family.value,
                 "backend": backend.value,
                 "subnet": str(memory.subnet),
-                "rules": [{"text": text, "copies": copies} for text, copies in memory.replaced],
+                "rules": [
+                    {"text": text, "copies": copies, "gone": text in memory.gone}
+                    for text, copies in memory.replaced
+                ],
             }
             for (family, backend, _), memory in [*memories.items()][-_MOST:]
         ]
@@ -85,9 +88,15 @@ class MemoryFile:
             except MemoryDamaged as error:
                 complain(f"{error}: begun anew")
                 memories = {}
-            memory = remember(transaction, subnet, memories.get(key))
-            if memories.pop(key, None) != memory:
-                self.store({**memories, key: memory})
+            now = {
+                of: lapsed(memory, transaction)
+                if (of[0], of[2]) == (transaction.family, subnet)
+                else memory
+                for of, memory in memories.items()
+            }
+            memory = remember(transaction, subnet, now.pop(key, None))
+            if {**now, key: memory} != memories:
+                self.store({**now, key: memory})
         except OSError as error:
             complain(
                 f"state_dir: {self.path} cannot be kept: {error.strerror}: "
@@ -104,4 +113,5 @@ def _memory(entry: dict[str, Any]) -> Memory:
     # 64 copies are more than any Docker ever left; a broken file must not fill a table.
     if any("\n" in text or not 0 < copies <= 64 for text, copies in rules):
         raise ValueError("not written by snatd")
-    return Memory(ipaddress.ip_network(entry["subnet"]), rules)
+    gone = frozenset(str(rule["text"]) for rule in entry["rules"] if rule.get("gone"))
+    return Memory(ipaddress.ip_network(entry["subnet"]), rules, gone)

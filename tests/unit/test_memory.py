@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from snatd.core.model import Rule, Ruleset
+from snatd.core.plan import plan
 from snatd.core.revert import Memory
 from snatd.host.memory import MemoryDamaged, MemoryFile
-from tests.fakes import BROAD, LEGACY, NFT, V4, V6, N, P, networks
+from tests.fakes import BROAD, LEGACY, NFT, V4, V6, N, P, networks, wish
 
 (P6,) = networks("fd00:7:21::/64")
 ODD = '-s 172.7.21.0/24 -m comment --comment "it\\\'s \\"odd\\" \u2028\udcff" -j MASQUERADE'
@@ -99,6 +102,24 @@ def test_half_a_memory_is_none_and_told(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(MemoryDamaged, match=r"replaced\.json is damaged"):
         memory.load()
     assert memory.path.read_bytes() == content
+
+
+def test_where_ours_is_added_what_others_stand_for_is_gone(tmp_path: Path) -> None:
+    """In both backends of the family, and on disk."""
+    memory = MemoryFile(tmp_path)
+    memory.store(ALL)
+    wanted = wish()
+    (added,) = plan(wanted, {NFT: Ruleset(V4, NFT)}, NFT)
+    memory.keep(added, P, pytest.fail)
+    now = memory.load()
+    assert now[V4, NFT, P] == replace(ALL[V4, NFT, P], gone=frozenset({BROAD, ODD}))
+    assert {key: now[key] for key in ALL if key[1:] != (NFT, P)} == {
+        key: ALL[key] for key in ALL if key[1:] != (NFT, P)
+    }
+    replaced = Ruleset(V4, NFT, (Rule(BROAD),))
+    (narrowed,) = plan(wanted, {NFT: replaced}, NFT)
+    memory.keep(narrowed, P, pytest.fail)
+    assert memory.load()[V4, NFT, P].gone == {ODD}
 
 
 def test_it_does_not_grow_without_end(tmp_path: Path) -> None:

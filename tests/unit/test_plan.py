@@ -681,6 +681,15 @@ def test_a_transaction_lists_what_goes_and_what_comes() -> None:
     assert found.added == (f"-A POSTROUTING {OURS}",)
 
 
+def test_each_reason_of_a_transaction_has_the_rules_that_it_is_about() -> None:
+    stale = f"{S} ! -d 10.0.0.0/8 {MARK} -j MASQUERADE"
+    (found,) = plans(wish(), listed(f"{stale}\n-A POSTROUTING {BROAD}"))
+    assert {one.change: found.removed_for(one) for one in found.reasons} == {
+        Change.NARROWED: (f"-A POSTROUTING {BROAD}",),
+        Change.STALE: (stale,),
+    }
+
+
 def test_a_new_rule_names_the_one_whose_target_it_takes() -> None:
     (found,) = plans(wish(), listed(f"{S} -j {SNAT}"))
     (rule,) = found.edits[0].added

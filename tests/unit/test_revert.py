@@ -7,7 +7,7 @@ from dataclasses import replace
 from snatd.core.desired import Desired
 from snatd.core.model import POSTROUTING, Counters, Network, Rule, Ruleset
 from snatd.core.plan import applied
-from snatd.core.revert import Memory, remember, revert
+from snatd.core.revert import Memory, lapsed, remember, revert
 from tests.fakes import (
     BROAD,
     HAND_MADE,
@@ -165,6 +165,21 @@ def test_a_target_comes_back_from_the_rule_that_took_it() -> None:
 def test_what_ours_stood_for_comes_back_although_ours_was_deleted() -> None:
     _, memory = narrow(chain("-j A", BROAD, "-j B"))
     assert texts(reverted(chain("-j A", "-j B"), memory).postrouting) == ["-j A", "-j B", BROAD]
+
+
+def test_what_a_boot_or_a_flush_took_comes_back_only_in_our_place() -> None:
+    odd = "-s 172.7.21.0/24 -j MASQUERADE"
+    _, memory = narrow(chain(BROAD, odd))
+    assert texts(reverted(chain("-j A", OURS), memory).postrouting) == ["-j A", BROAD, odd]
+    after, added = narrow(chain("-j A"))
+    assert texts(after.postrouting) == ["-j A", OURS]
+    (transaction,) = plans(wish(), chain("-j A"))
+    memory = lapsed(memory, transaction)
+    assert added.gone == frozenset()
+    assert texts(reverted(after, memory).postrouting) == ["-j A", BROAD]
+    # Who wrote it again since would miss it.
+    _, memory = narrow(chain(odd, OURS), memory=memory)
+    assert texts(reverted(after, memory).postrouting) == ["-j A", BROAD, odd]
 
 
 def test_what_is_back_already_is_not_put_back_again() -> None:

@@ -282,8 +282,21 @@ def test_repairs_that_come_too_often() -> None:
         "5 repairs in 298 s, the last 2 s ago",
         "iptables of rival.service wrote before",
     )
-    assert not list(rivals.often([*ages_s[:-1], 301.0], ()))
-    assert not list(rivals.often(ages_s[:-1], ()))
+    assert list(rivals.often([*ages_s[:-1], 301.0], ()))
+    assert not list(rivals.often(ages_s[1:-1], ()))
+    # A service that writes several times as it starts, and somebody's flush.
+    assert not list(rivals.often([2.0, 60.0, 60.3, 60.9, 62.0], ()))
+    assert not list(rivals.often((), ()))
+
+
+def test_who_is_fought_with_is_what_the_remedy_is_about() -> None:
+    fight = {"with": "nft (pid 25) of rival.service, iptables (pid 43)", "repairs": 9, "since": "x"}
+    assert rivals.fighting(fight).remedy == (
+        "journalctl -x SNATD_EVENT=fighting",
+        "systemctl status rival.service  # keep it from that",
+    )
+    for known in ("iptables (pid 43)", "iptables (pid 43) of docker.service"):
+        assert "ip-masq" in rivals.fighting(fight | {"with": known}).remedy[-1]
 
 
 def test_a_datagram_outweighs_the_rules() -> None:

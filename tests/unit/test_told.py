@@ -208,6 +208,14 @@ def fighting() -> Story:
     return story
 
 
+def fighting_for_the_guard() -> dict[str, Any]:
+    story = fighting()
+    guard = story.table(GUARD)
+    guard.ruleset = replace(guard.ruleset, postrouting=())
+    rival = Writer(27400, "nft", "rival.service")
+    return story.at("02:40:32").hears("nft", rival).run("nft", by=[rival]).document()
+
+
 def fight_ended() -> dict[str, Any]:
     story = fighting()
     story.at("02:41:02").run()
@@ -266,6 +274,10 @@ CASES = {
     "degraded": (Word(Life.ANSWERS, degraded(), 3.0, 27287), EXIT_DRIFT),
     "snated": (Word(Life.ANSWERS, snated(), 3.0, 27287), EXIT_DRIFT),
     "fighting": (Word(Life.ANSWERS, fighting().document(), 1.0, 27287), EXIT_DRIFT),
+    "fighting-for-the-guard": (
+        Word(Life.ANSWERS, fighting_for_the_guard(), 1.0, 27287),
+        EXIT_DRIFT,
+    ),
     "fight-ended": (Word(Life.ANSWERS, fight_ended(), 1.0, 27287), EXIT_OK),
     "refused-configuration": (Word(Life.ANSWERS, refused_configuration(), 3.0, 27287), EXIT_DRIFT),
     "two-families-guard-off": (Word(Life.ANSWERS, two_families(), 3.0, 27287), EXIT_OK),
