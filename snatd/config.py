@@ -188,6 +188,8 @@ def _network(value: Any, *, cluster: bool) -> Network:
         network = networks.network(value)
     except ValueError as error:
         raise ValueError(f"not a CIDR: {error}") from None
+    if cluster and "/" not in value:
+        raise ValueError(f"{value!r} has no prefix length, as 172.7.0.0/16 has")
     family = Family.V4 if network.version == 4 else Family.V6
     if cluster and network.prefixlen < SHORTEST_PREFIX[family]:
         raise ValueError(

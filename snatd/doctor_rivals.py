@@ -209,6 +209,7 @@ def _saved(examined: Examined) -> Found:
 
 
 def _configuration(examined: Examined) -> Found:
+    yield from boot.exclude_in_vain(examined.settings.exclude, examined.leased)
     if examined.complaints:
         yield boot.configuration_wrong(examined.complaints)
         return

@@ -418,8 +418,8 @@ class Evidence:
             self.say(
                 "flows_changed",
                 "warning",
-                f"{count(tally.changed, 'new connection')} from {desired.subnet} did not keep "
-                "their address"
+                f"{count(tally.changed, 'new connection')} from {desired.subnet} did not keep the "
+                "address of its container"
                 if tally.changed
                 else "",
                 same=tally.changed > 0,  # more of them are no news

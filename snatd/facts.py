@@ -154,7 +154,7 @@ class Facts:
         elif self._exposed and self._view.get("in_sync"):
             parts.append(self._exposed)
         elif changed and self._view.get("in_sync"):
-            parts.append(f"{count(changed, 'new connection')} did not keep their address")
+            parts.append(f"{count(changed, 'new connection')} did not keep {_its(changed)} address")
         elif not self.guard_is_undone:
             parts += self._particulars
         parts += [
@@ -213,6 +213,10 @@ class Facts:
             "metrics_problem": self.metrics_problem,
             "dropped_log_lines": journal.dropped["lines"],
         }
+
+
+def _its(number: int) -> str:
+    return "its" if number == 1 else "their"
 
 
 def _repair(

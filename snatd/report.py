@@ -74,7 +74,9 @@ def particulars(view: View) -> tuple[str, ...]:
         return (f"{count(go, 'rule')} to remove, {come} to add",)
     if view.holds:
         return (view.holds[0],)
-    parts = [f"{one.subnet} keeps its address inside {one.inside}" for one in view.leased]
+    parts = [
+        f"{one.subnet} keeps its address towards the rest of {one.inside}" for one in view.leased
+    ]
     if not parts:
         return ("nothing is leased in a family that this kernel has",)
     without = ", without a guard" if view.unguarded else ""

@@ -134,8 +134,9 @@ def _way_out(word: Word) -> str:
         "then `systemctl restart snatd`",
         Life.STOPPED: f"`kill -CONT {word.pid}` lets it go on",
         Life.UNSEEN_SILENT: "ask outside of this container, or as root",
-        Life.GONE: "`systemctl start snatd`; `journalctl -u snatd` says how it ended. Guard and "
-        "rules stay meanwhile; what somebody writes to them is not repaired",
+        Life.GONE: "`systemctl start snatd`, if systemd does not in some seconds; `journalctl -u "
+        "snatd` says how it ended. Guard and rules stay meanwhile; what somebody writes to them is "
+        "not repaired",
         Life.ABSENT: "`snatd check` says whether its configuration will do, and `journalctl -u "
         "snatd` why it does not stay; then `systemctl start snatd`",
         Life.STARTING: "ask again in some seconds",

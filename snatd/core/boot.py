@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
-from snatd.core.model import count, join
+from snatd.core.model import Network, count, join
+from snatd.core.networks import overlaps
 from snatd.core.plan import Change
 from snatd.core.saved import Edited, dynamic_chains
 
 UNIT = "snatd.service"
+# The exit status of a daemon whose configuration will not do.
+_REFUSED = "78"
 # What starts containers. snatd.service is ordered before them.
 _RUNTIMES = {
     *("docker.service", "containerd.service", "crio.service", "kubelet.service", "k3s.service"),
@@ -175,6 +179,9 @@ def not_running(shown: Mapping[str, str], headline: str, *, wanted: bool) -> Ite
         why = "" if result == "success" else f", {result} ({shown.get('ExecMainStatus')})"
         evidence = f"{UNIT}: {shown['ActiveState']}{why}"
         remedy = (f"systemctl restart {UNIT}", f"journalctl -u {UNIT}")
+        if shown.get("ExecMainStatus") == _REFUSED:
+            says = "# says what is wrong with its configuration, or with what that names"
+            remedy = (f"journalctl -n 20 -u {UNIT}  {says}", f"systemctl restart {UNIT}")
     elif not wanted:
         return
     yield Finding(
@@ -209,6 +216,26 @@ def configuration_wrong(complaints: Sequence[str]) -> Finding:
         "what else is told here is by its other keys and the defaults",
         ("# correct it; `snatd check` says what is wrong", "systemctl reload-or-restart snatd"),
     )
+
+
+def exclude_in_vain(excluded: Iterable[Network], leased: Sequence[Desired]) -> Iterator[Finding]:
+    """Of the families that are leased."""
+    for one in leased:
+        outside = [
+            network
+            for network in excluded
+            if network.version == one.subnet.version
+            and not any(overlaps(network, inside) for inside in one.cluster)
+        ]
+        if outside:
+            yield Finding(
+                "exclude_in_vain",
+                Severity.WARNING,
+                "`exclude` names what is in none of the networks anyway",
+                (f"exclude: {join(outside)}", f"the networks: {join(one.cluster)}"),
+                "what was meant is not masqueraded",
+                ("# correct `exclude` in snatd.toml, then:", "systemctl reload snatd"),
+            )
 
 
 def configuration_refused(why: Sequence[str]) -> Finding:

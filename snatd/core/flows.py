@@ -57,6 +57,11 @@ class Flow:
     zoned: bool = False
 
     @property
+    def is_over(self) -> bool:
+        """Both sides have closed it; the entry only waits for its end."""
+        return self.state in ("TIME_WAIT", "CLOSE")
+
+    @property
     def identity(self) -> int:
         """32 bits that are the same for the same connection with the same outcome.
 

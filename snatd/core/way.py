@@ -485,7 +485,8 @@ def no_lease(hold: Hold) -> Finding:
         Severity.ERROR,
         "what flannel leased to this node is not known",
         (hold.reason,),
-        "without it snatd keeps no address, and doctor cannot look at the containers' way",
+        "guard and rules that are there stay, and nothing is mended meanwhile; doctor cannot look "
+        "at the containers' way",
         ("# the reason says how to mend it",)
         if hold.explained
         else ("systemctl status flanneld", "# or `subnet_file` in snatd.toml names another place"),

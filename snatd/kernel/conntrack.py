@@ -67,7 +67,8 @@ class Sweep:
     Never blocks: a selector waits for `fileno`, each `step` takes 15 ms at most, and is due at
     `ends_s` of the monotonic clock at the latest. `run` does it all at once. Nothing is held but
     the first wrong flows. `census`: also counts the flows that kept their source, and of both those
-    that are not in `before`, at the cost of reading all from the subnet into the networks.
+    that are not in `before`, at the cost of reading all from the subnet into the networks; but no
+    connection of before that is over.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Sweep:
         self._sure = Kept(desired)
         self._ids = Ids() if census and before is None else None
         self._wrong = self._changed = self._deleted = self._kept = 0
-        self._shown = 0 if census else SHOWN
+        self._census = census
         self._flows: list[Flow] = []
         self._due: deque[Flow] = deque()
         self._rest = b""
@@ -169,9 +170,11 @@ class Sweep:
         if found is Verdict.KEPT:
             self._kept += new
             return
+        if self._census and flow.is_over and not (new and self._before is not None):
+            return  # of before, and in nobody's way any more
         self._wrong += 1
         self._changed += new
-        if len(self._flows) < self._shown:
+        if not self._census and len(self._flows) < SHOWN:
             self._flows.append(flow)
         if to_delete(flow, self._policy):
             self._due.append(flow)

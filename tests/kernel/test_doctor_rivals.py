@@ -836,6 +836,29 @@ def test_a_configuration_that_the_daemon_refused(snatd: Snatd) -> None:
     silent(snatd)
 
 
+def test_a_fight_for_the_guard(node: Node, snatd: Snatd) -> None:
+    snatd.start()
+    rival = node.host.popen(
+        *("sh", "-c"),
+        f"while :; do iptables -t nat -I POSTROUTING {BROAD}; nft delete table ip snatd; "
+        "sleep 0.1; done",
+    )
+    try:
+        until(lambda: snatd.status()["fights"]["now"], "a fight", 30)
+        assert "it undoes each repair, the guard too" in snatd.status()["told"]
+        (fight,) = snatd.wait_for("fighting")
+        assert fight["guard"].startswith("undone as well")
+    finally:
+        rival.kill()
+        rival.wait()
+
+
+def test_networks_that_are_excluded_in_vain(snatd: Snatd) -> None:
+    snatd.write_config(exclude=["172.9.0.0/16", "172.7.40.0/24", "fd00::/8"])
+    one = found(snatd)["exclude_in_vain"]
+    assert one["evidence"] == ["exclude: 172.9.0.0/16", "the networks: 172.7.0.0/16"]
+
+
 @pytest.mark.usefixtures("daemon_json")
 def test_programs_that_come_and_go(node: Node, snatd: Snatd) -> None:
     docker(node.host, "--bip=172.7.21.1/24")

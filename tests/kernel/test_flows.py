@@ -271,6 +271,20 @@ def test_fault_30_flows_since_a_change(lab: Lab, node: Node, tmp_path: Path) -> 
     assert (since.kept, since.changed, since.wrong) == (4, 1, 1)
 
 
+def test_a_connection_of_before_that_is_over_does_not_count(lab: Lab, node: Node) -> None:
+    """It takes two minutes for its entry to go."""
+    pod = lab.nodes[1].container_address
+    assert seen_by(node.container, pod) == node.address
+    until(lambda: [one.state for one in sweep(node).flows] == ["TIME_WAIT"], "its end")
+    before = sweep(node, census=True)
+    assert (before.wrong, before.changed) == (0, 0)
+    assert sweep(node, census=True, before=before.ids).wrong == 0
+    # One that was begun since then is a proof of what the rules do.
+    assert seen_by(node.container, pod) == node.address
+    since = sweep(node, census=True, before=before.ids)
+    assert (since.wrong, since.changed) == (1, 1)
+
+
 def test_single_entries_by_their_tuple(lab: Lab, node: Node, tmp_path: Path) -> None:
     flow = Udp(node.container, lab.nodes[1].container_address)
     flow.seen_as()

@@ -72,8 +72,8 @@ def test_who_did_it_what_and_when(node: Node, snatd: Snatd) -> None:
     assert shown.returncode == 0
     last, *_ = snatd.status()["recent_repairs"]
     assert shown.stdout.startswith(
-        f"in sync since {last['at'][11:19]} UTC \u00b7 172.7.21.0/24 keeps its address inside "
-        "172.7.0.0/16\n"
+        f"in sync since {last['at'][11:19]} UTC \u00b7 172.7.21.0/24 keeps its address "
+        "towards the rest of 172.7.0.0/16\n"
     )
     count, told, removed, *earlier = row(shown.stdout, "repairs").splitlines()
     assert count.startswith("3, last ")

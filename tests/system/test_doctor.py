@@ -53,7 +53,8 @@ def test_a_daemon_that_ended_with_a_broken_configuration(node: Node) -> None:
     file.write_text("")
     one = found(machine)["not_running"]
     assert one["evidence"] == ["snatd.service: failed, exit-code (78)"]
-    machine.shell(one["remedy"][0])
+    assert one["remedy"][0].startswith("journalctl ")
+    machine.shell("\n".join(one["remedy"]))
     node.wait_for_status("in sync")
     assert found(machine) == {}
 

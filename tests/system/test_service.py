@@ -59,7 +59,7 @@ def test_it_is_confined_and_verify_is_silent(off: Node) -> None:
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 def test_a_broad_rule_is_narrowed_and_the_journal_tells_of_it(node: Node, backend: str) -> None:
     machine = node.machine
-    node.wait_for_status("UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16")
+    node.wait_for_status("UTC - 172.7.21.0/24 keeps its address towards the rest of 172.7.0.0/16")
     assert node.status_line().startswith("in sync since ")
     if backend == "legacy":
         machine.run("update-alternatives", "--set", "iptables", "/usr/sbin/iptables-legacy")

@@ -123,6 +123,7 @@ def test_an_unknown_key_is_told_which_one_is_meant() -> None:
         ("networks", ["10.0.0.1/8"], "not a CIDR.*host bits"),
         ("networks", ["10.0.0.0/33"], "not a CIDR"),
         ("networks", ["cluster"], "not a CIDR"),
+        ("networks", ["172.8.0.0"], "no prefix length"),
         ("networks", ["0.0.0.0/0"], "wider than /8"),
         ("networks", ["128.0.0.0/7"], "wider than /8"),
         ("networks", ["fc00::/7"], "wider than /16"),

@@ -65,8 +65,8 @@ class Daemon:
 def test_proved_is_said_with_its_time() -> None:
     daemon = Daemon().passed().found(proved_at="2026-01-02T02:04:05.678+00:00")
     assert daemon.facts.headline() == (
-        "in sync since 03:01:00 UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16 - "
-        "proved at 02:04:05 UTC - 0 repairs"
+        "in sync since 03:01:00 UTC - 172.7.21.0/24 keeps its address towards the rest of "
+        "172.7.0.0/16 - proved at 02:04:05 UTC - 0 repairs"
     )
     assert daemon.document()["in_sync"] is True
     daemon.found(proved_at="2026-01-01T02:04:05.678+00:00")
@@ -234,7 +234,7 @@ def test_metrics_that_cannot_be_written_are_said() -> None:
     daemon = Daemon().passed()
     daemon.facts.metrics_problem = "/x/snatd.prom: No space left on device"
     assert daemon.facts.headline() == (
-        "in sync since 03:01:00 UTC - 172.7.21.0/24 keeps its address inside 172.7.0.0/16 - "
-        "metrics not written: /x/snatd.prom: No space left on device - 0 repairs"
+        "in sync since 03:01:00 UTC - 172.7.21.0/24 keeps its address towards the rest of "
+        "172.7.0.0/16 - metrics not written: /x/snatd.prom: No space left on device - 0 repairs"
     )
     assert daemon.document()["in_sync"] is True

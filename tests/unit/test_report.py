@@ -75,7 +75,10 @@ def test_of_several_states_the_one_that_needs_a_person_most(
 
 
 def test_headlines() -> None:
-    assert headline(seen(OURS)) == "in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16"
+    assert (
+        headline(seen(OURS))
+        == "in sync: 172.7.21.0/24 keeps its address towards the rest of 172.7.0.0/16"
+    )
     assert headline(seen(BROAD, BROAD)) == "drift: 2 rules to remove, 1 to add"
     assert headline(View(wanted=HELD)) == "waiting: subnet.env: no such file"
     two = View(problems=(PROBLEM, PROBLEM))
@@ -238,7 +241,7 @@ def test_without_a_guard_it_says_so_everywhere() -> None:
     view = View(wanted={V4: wish()}, unguarded=(why,))
     assert exit_code(view) == 0
     assert headline(view) == (
-        "in sync: 172.7.21.0/24 keeps its address inside 172.7.0.0/16, without a guard"
+        "in sync: 172.7.21.0/24 keeps its address towards the rest of 172.7.0.0/16, without a guard"
     )
     assert "no guard: ipv4 guard: Operation not supported" in lines(view, ())
     found = document(view)
