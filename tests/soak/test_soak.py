@@ -36,7 +36,7 @@ from tests.soak.world import KEYS, NETWORKS, World
 LONG = bool(os.environ.get("SOAK"))
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", "1000000" if LONG else "100000"))
 SEED = os.environ.get("SOAK_SEED") or (str(random.randrange(10**6)) if LONG else "33")
-_A_ROUND = 400
+_A_ROUND, _TOLD_EACH = 400, 25
 _SHORTENING_S = 600.0 if LONG else 120.0
 
 
@@ -68,6 +68,11 @@ def test_fault_33_three_rivals_at_once_break_no_promise(world: World) -> None:
             pytest.fail(str(investigated(world, one, of, error, _SHORTENING_S)), pytrace=False)
         sizes.append(_at_rest(world))
         number += 1
+        if number % _TOLD_EACH == 0:
+            took_s = time.monotonic() - began_s
+            print(
+                f"{world.tally['mutations']} of {MUTATIONS} mutations, {took_s:.0f} s", flush=True
+            )
     status = world.status()
     world.tally["repairs"], world.tally["passes"] = status["repairs"], status["passes"]
     world.stop()
