@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
 
 from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity, some
@@ -152,7 +153,7 @@ def dropped(rules: Rules, legs: Sequence[Leg]) -> Iterator[Finding]:
             _evidence(inbound.certain),
             f"they come from {join(_others(inbound.certain, subnet))} and are forwarded to "
             f"{rules.bridge}, and no rule before accepts that",
-            _accept(rules, inbound.certain),
+            _accept(rules, inbound.certain, from_nodes=True),
         )
     elif inbound.found:
         yield Finding(
@@ -161,7 +162,7 @@ def dropped(rules: Rules, legs: Sequence[Leg]) -> Iterator[Finding]:
             f"calls from containers of other nodes to {subnet} are dropped, or may be",
             _evidence(inbound.found),
             "it depends on what cannot be decided from outside, so only some of them may pass",
-            _accept(rules, inbound.found),
+            _accept(rules, inbound.found, from_nodes=True),
         )
     if outbound.certain:
         yield Finding(
@@ -242,31 +243,64 @@ def _text(place: Place) -> str:
     return f"{place}{by(place.table, place.chain, place.step.text)}{rule}"
 
 
-def _accept(rules: Rules, losses: Sequence[_Loss]) -> tuple[str, ...]:
-    """What lets the packets pass, for each base chain that stops them."""
-    commands: dict[str, None] = {}
+def _accept(rules: Rules, losses: Sequence[_Loss], *, from_nodes: bool = False) -> tuple[str, ...]:
+    """What lets the packets pass, for each base chain that stops them. `from_nodes`: they may also
+    come under a node's address, which the rule does not know."""
+    subnet = rules.leased.subnet
+    lines: dict[str, None] = {}
     for hook in rules.hooks:
         stopped = [one for one in losses if judge_each([hook], one.packets).fate is not Fate.PASSES]
-        incoming = any(one.destination == rules.leased.subnet for one in stopped)
-        outgoing = any(one.source == rules.leased.subnet for one in stopped)
+        incoming = any(one.destination == subnet for one in stopped)
+        outgoing = any(one.source == subnet for one in stopped)
+        commands: dict[str, None] = {}
         for network in rules.leased.cluster:
             if incoming:
-                commands[_accepting(rules, hook, network, rules.leased.subnet)] = None
+                commands[_accepting(rules, hook, network, subnet)] = None
             if outgoing:
-                commands[_accepting(rules, hook, rules.leased.subnet, network)] = None
+                commands[_accepting(rules, hook, subnet, network)] = None
+        lines |= commands
+        if incoming and from_nodes:
+            command = _accepting(rules, hook, "ADDRESS", subnet)
+            lines[f"# a node without snatd comes under its own address; for each: {command}"] = None
         if stopped:
-            commands[_lasting(rules, hook)] = None
-    return tuple(commands)
+            lines |= dict.fromkeys(_lasting(rules, hook, tuple(commands)))
+    return tuple(lines)
 
 
-def _accepting(rules: Rules, hook: Hook, source: Network, destination: Network) -> str:
+def _accepting(rules: Rules, hook: Hook, source: Network | str, destination: Network) -> str:
+    """`source`: or a word in its place."""
     if command := _iptables(rules, hook):
-        where = ["-s", str(source), "-d", str(destination)]
-        return shlex.join([*command, "-I", _own_place(hook), *where, "-j", "ACCEPT"])
+        match = f"-s {source} -d {destination} -j ACCEPT"
+        return _put_first(command, hook, _own_place(hook), match)
     ip = _NFT_ADDRESS[rules.leased.family]
-    of, _, table = hook.table.partition(" ")
-    match = [ip, "saddr", str(source), ip, "daddr", str(destination)]
-    return shlex.join(["nft", "insert", "rule", of, table, hook.chain, *match, "accept"])
+    chain = [*hook.table.split(" ", 1), hook.chain]
+    rule = f"{ip} saddr {_as_nft(source)} {ip} daddr {_as_nft(destination)} accept"
+    insert = shlex.join(["nft", "insert", "rule", *chain, *rule.split(" ")])
+    if _stands(hook, hook.chain, rule):
+        return insert
+    listing = shlex.join(["nft", "list", "chain", *chain])
+    return f"{listing} | grep -q '^[[:space:]]*{rule}$' || {insert}"
+
+
+def _put_first(command: Sequence[str], hook: Hook, chain: str, match: str) -> str:
+    """Several findings have the same remedy, and each may be typed twice: one rule comes of it. One
+    that is there already stands too late, often behind the RETURN of DOCKER-USER, and is moved."""
+    rule = [chain, *match.split(" ")]
+    check, delete, insert = (shlex.join([*command, how, *rule]) for how in ("-C", "-D", "-I"))
+    if _stands(hook, chain, match):
+        return f"{delete} 2>/dev/null; {insert}"  # at a boot there is none
+    return f"{check} 2>/dev/null || {insert}"
+
+
+def _stands(hook: Hook, chain: str, text: str) -> bool:
+    return any(step.text == text for step in hook.chains.get(chain, ()))
+
+
+def _as_nft(network: Network | str) -> str:
+    """nft lists a network of one address without its length."""
+    if isinstance(network, str) or network.num_addresses > 1:
+        return str(network)
+    return str(network.network_address)
 
 
 def _own_place(hook: Hook) -> str:
@@ -290,29 +324,29 @@ def _iptables(rules: Rules, hook: Hook) -> list[str]:
     return [command, *([] if table == "filter" else ["-t", table])]
 
 
-def _lasting(rules: Rules, hook: Hook) -> str:
+def _lasting(rules: Rules, hook: Hook, commands: Sequence[str]) -> tuple[str, ...]:
+    """`commands`: what is typed there."""
     networks = join(rules.leased.cluster)
     if hook.table.endswith(" firewalld"):
         return (
             f"# to last: firewall-cmd --permanent --zone=trusted --add-source={networks}, and "
-            "firewall-cmd --reload"
+            "firewall-cmd --reload",
         )
     if any(one.startswith("ufw") for one in hook.chains):
-        return f"# to last: ufw route allow from {networks} to {rules.leased.subnet}, and back"
+        return (f"# to last: ufw route allow from {networks} to {rules.leased.subnet}, and back",)
     if _is_dockers(hook):
-        return _DIRECT_ROUTING
+        return (_DIRECT_ROUTING,)
     if _iptables(rules, hook):
         if _own_place(hook) == _DOCKER_USER:
             return (
-                "# to last over a boot: the same as ExecStartPost= of docker.service "
-                "(systemctl edit docker), as `sh -c 'iptables -C ... || iptables -I ...'`: Docker "
-                "leaves the first one there when it is restarted"
+                "# to last over a boot: `systemctl edit docker`, [Service], and there:",
+                *(f"# ExecStartPost=/bin/sh -c '{one}'" for one in commands),
             )
         return (
             "# to last over a boot: among the saved rules (man snatd, save), which Debian's "
-            "iptables-persistent and EL's iptables-services load"
+            "iptables-persistent and EL's iptables-services load",
         )
-    return "# to last it has to be where this table is written"
+    return ("# to last it has to be where this table is written",)
 
 
 _DIRECT_ROUTING = (
@@ -458,8 +492,9 @@ def tunnel(
     if not lost:
         return
     certain = any(judged.fate is Fate.DROPPED for _, judged in lost)
+    udp = f"-p udp -m udp --dport {port}"
     commands = [
-        shlex.join([*command, "-I", hook.chain, "-s", str(node), *_udp(port), "-j", "ACCEPT"])
+        _put_first(command, hook, hook.chain, f"-s {ip_network(node)} {udp} -j ACCEPT")
         for hook in rules.hooks
         if (command := _iptables(rules, hook))
         for node, _ in lost
@@ -475,7 +510,3 @@ def tunnel(
         f"packets for containers of {rules.leased.subnet} come inside of these",
         (*commands, f"# UDP port {port} has to be open for {join([node for node, _ in lost])}"),
     )
-
-
-def _udp(port: int) -> list[str]:
-    return ["-p", "udp", "-m", "udp", "--dport", str(port)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import socket
 from collections.abc import Iterator
@@ -72,11 +73,28 @@ def only(snatd: Snatd, name: str, severity: str = "error") -> dict[str, Any]:
 
 
 def mend(node: Node, one: dict[str, Any]) -> None:
-    """Runs the commands of a remedy, each as a shell takes it."""
-    commands = [line for line in one["remedy"] if not line.startswith("#")]
-    assert commands, one
-    for command in commands:
-        node.host.shell(command)
+    """Types a remedy as it stands into a shell."""
+    assert commands_of(one), one
+    node.host.shell("\n".join(one["remedy"]))
+
+
+def commands_of(one: dict[str, Any]) -> list[str]:
+    return [line for line in one["remedy"] if not line.startswith("#")]
+
+
+def start_dockers(node: Node, one: dict[str, Any]) -> None:
+    """Twice, with what a remedy says is to be done then, which is its last line."""
+    (lasting,) = re.findall("^# ExecStartPost=(.*)$", one["remedy"][-1])
+    for _ in range(2):
+        node.host.shell(lasting)
+
+
+def accepting(node: Node) -> list[str]:
+    """The rules for cluster traffic that are in force, each as often as it is there."""
+    listed = node.host.shell("nft -s list ruleset; iptables-legacy -S; ip6tables-legacy -S")
+    lines = [line.strip() for line in listed.splitlines()]
+    networks = ("172.7.0.0/16", "fd00:7::/32")
+    return [one for one in lines if any(n in one for n in networks) and "accept" in one.lower()]
 
 
 def calls(lab: Lab, v6: bool = False) -> tuple[bool, bool]:
@@ -391,11 +409,16 @@ def test_docker_drops_what_is_forwarded_to_a_container(lab: Lab, tmp_path: Path,
         table = f"{'legacy ' * legacy}ip{'6' * v6} filter"
         assert one["evidence"] == [f"{table} FORWARD policy drop"]
         command = "ip6tables" if v6 else "iptables"
-        assert one["remedy"][0].startswith(f"{command} -I DOCKER-USER -s ")
-        assert "ExecStartPost= of docker.service" in one["remedy"][-1]
+        assert one["remedy"][0].startswith(f"{command} -C DOCKER-USER -s ")
         mend(node, one)
         assert connected(lab, v6=v6)
         assert found(snatd, 0) == {}
+        # What makes it last does the same, at each start of Docker.
+        node.host.run(command, "-w", "5", "-D", "DOCKER-USER", "1")
+        assert connected(lab, v6=v6, how=OUT)
+        start_dockers(node, one)
+        assert connected(lab, v6=v6)
+        assert len(accepting(node)) == 1
 
 
 def test_a_forward_policy_without_any_rule(lab: Lab, tmp_path: Path) -> None:
@@ -406,10 +429,57 @@ def test_a_forward_policy_without_any_rule(lab: Lab, tmp_path: Path) -> None:
         all_found = found(snatd)
         # The node's own containers cannot reach each other either: bridges ask iptables here.
         assert list(all_found) == ["inbound_dropped", "outbound_dropped", "bridge_dropped"]
-        for one in all_found.values():
-            mend(node, one)
+        for _ in range(2):
+            for one in all_found.values():
+                mend(node, one)
         assert connected(lab)
         assert found(snatd, 0) == {}
+        assert len(accepting(node)) == 2
+
+
+def test_a_node_without_snatd_comes_under_its_own_address(lab: Lab, tmp_path: Path) -> None:
+    """The remedy says how it is let in too."""
+    node, other = healthy(lab, tmp_path), lab.nodes[1]
+    dockers_rules(node, accept=False)
+    words = ("-A", "POSTROUTING", *other.broad_rule)
+    other.host.run("iptables", "-w", "5", "-t", "nat", *words)
+    with Snatd(node.host, tmp_path / "snatd") as snatd:
+        one = only(snatd, "inbound_dropped")
+        mend(node, one)
+        assert found(snatd, 0) == {}
+    assert seen_by_udp(other.container, node.container_address, 0.4) is None
+    (command,) = (
+        line.partition("for each: ")[2] for line in one["remedy"] if "without snatd" in line
+    )
+    node.host.shell(command.replace("ADDRESS", other.address))
+    caller = until(lambda: seen_by_udp(other.container, node.container_address, 0.4), "it calls")
+    assert caller == other.address
+
+
+@pytest.mark.parametrize(
+    ("chain", "rule"), [("DOCKER-USER", ""), ("FORWARD", "-d 172.7.21.0/24 -j DROP")]
+)
+def test_an_accept_that_stands_too_late(lab: Lab, tmp_path: Path, chain: str, rule: str) -> None:
+    """Appended to DOCKER-USER it is behind Docker's RETURN."""
+    node = healthy(lab, tmp_path)
+    dockers_rules(node, accept=False)
+    if rule:
+        node.host.run("iptables", "-w", "5", "-I", chain, *rule.split(" "))
+    words = f"-A {chain} -s 172.7.0.0/16 -d 172.7.21.0/24 -j ACCEPT"
+    node.host.run("iptables", "-w", "5", *words.split(" "))
+    assert connected(lab, how=NEITHER if rule else OUT)
+    with Snatd(node.host, tmp_path / "snatd") as snatd:
+        one = found(snatd)["inbound_dropped"]
+        mend(node, one)
+        mend(node, one)
+        assert connected(lab)
+        assert found(snatd, 0) == {}
+        assert len(accepting(node)) == 1
+        if not rule:
+            node.host.run("iptables", "-w", "5", "-F", "DOCKER-USER")
+            start_dockers(node, one)
+            assert connected(lab)
+            assert len(accepting(node)) == 1
 
 
 def test_the_tables_of_the_other_backend_drop(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
@@ -453,8 +523,10 @@ def test_a_native_chain_drops(nft_lab: Lab, node: Node, snatd: Snatd, family: st
     one = only(snatd, "inbound_dropped")
     assert one["evidence"] == [f"{family} fw forwarded policy drop"]
     mend(node, one)
+    mend(node, one)
     assert connected(nft_lab)
     assert found(snatd, 0) == {}
+    assert accepting(node) == ["ip saddr 172.7.0.0/16 ip daddr 172.7.21.0/24 accept"]
 
 
 def test_two_chains_drop_and_the_remedy_names_both(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
@@ -467,13 +539,19 @@ def test_two_chains_drop_and_the_remedy_names_both(nft_lab: Lab, node: Node, sna
     all_found = found(snatd)
     assert list(all_found) == ["inbound_dropped", "outbound_dropped"]
     one = all_found["inbound_dropped"]
-    assert [line for line in one["remedy"] if not line.startswith("#")] == [
-        "nft insert rule inet fw pre ip saddr 172.7.0.0/16 ip daddr 172.7.21.0/24 accept",
-        "iptables -I DOCKER-USER -s 172.7.0.0/16 -d 172.7.21.0/24 -j ACCEPT",
+    rules = (
+        "inet fw pre ip saddr 172.7.0.0/16 ip daddr 172.7.21.0/24 accept",
+        "DOCKER-USER -s 172.7.0.0/16 -d 172.7.21.0/24 -j ACCEPT",
+    )
+    assert [line.partition(" || ")[2] for line in commands_of(one)] == [
+        f"nft insert rule {rules[0]}",
+        f"iptables -I {rules[1]}",
     ]
-    mend(node, one)
+    for each in all_found.values():
+        mend(node, each)
     assert connected(nft_lab)
     assert found(snatd, 0) == {}
+    assert len(accepting(node)) == 2
 
 
 def test_a_rule_before_dockers_place_for_an_operators_drops(
@@ -482,8 +560,7 @@ def test_a_rule_before_dockers_place_for_an_operators_drops(
     dockers_rules(node, accept=False)
     node.host.run("iptables", "-I", "FORWARD", "-d", "172.7.21.0/24", "-j", "DROP")
     for one in found(snatd).values():
-        commands = [line for line in one["remedy"] if not line.startswith("#")]
-        assert all(line.startswith("iptables -I FORWARD -s ") for line in commands)
+        assert all(line.startswith("iptables -C FORWARD -s ") for line in commands_of(one))
         mend(node, one)
     assert connected(nft_lab)
     assert found(snatd, 0) == {}
