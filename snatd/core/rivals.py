@@ -317,6 +317,7 @@ def fighting(fight: Mapping[str, Any]) -> Finding:
 # As `kernel.events` names who wrote.
 _UNIT = re.compile(r"\) of ([\w@.:\\-]+\.(?:service|scope))")
 
+_EMPTY = ("-F", "-X")
 _BY_MARK = ("KUBE-POSTROUTING", "CNI-HOSTPORT-MASQ", "NETAVARK-HOSTPORT-MASQ")
 
 
@@ -347,9 +348,9 @@ def both_backends(family: Family, hooks: Iterable[Hook], iptables_is: Backend) -
         ),
         "a packet passes through both, and whoever looks at one does not see the other",
         (
-            f"{command}-save",
+            f"{command}-save > ~/{command}-$(date +%F-%H%M%S).rules",
             f"# restart what wrote them, so that it writes to {iptables_is.value} tables, as the "
-            f"node's {family.command} does; then:",
-            *(f"{command} -t {table} {what}" for table in there[command] for what in ("-F", "-X")),
+            f"node's {family.command} does; only then, since it takes others' rules away:",
+            *(f"# {command} -t {table} {what}" for table in there[command] for what in _EMPTY),
         ),
     )
