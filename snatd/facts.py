@@ -229,6 +229,8 @@ def _repair(
         "changes": list(dict.fromkeys(one.change.value for one in transaction.reasons)),
         "removed": [text[:_LONGEST] for text in transaction.removed[:_RULES]],
         "added": [text[:_LONGEST] for text in transaction.added[:_RULES]],
+        "more_removed": len(transaction.removed[_RULES:]),
+        "more_added": len(transaction.added[_RULES:]),
         "trigger": trigger,
         "writers": [{"comm": one.comm, "pid": one.pid, "of": one.of} for one in writers[:_WRITERS]],
     }

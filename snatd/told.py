@@ -201,10 +201,14 @@ _WAYS_OUT = {
 }
 
 
-def _changes(removed: list[str], added: list[str]) -> list[Line]:
+def _changes(
+    removed: list[str], added: list[str], more_removed: int = 0, more_added: int = 0
+) -> list[Line]:
     return [
         *(Line(f"- {rule}", "red") for rule in removed),
+        *([Line(f"- and {more_removed} more", "red")] if more_removed else ()),
         *(Line(f"+ {rule}", "green") for rule in added),
+        *([Line(f"+ and {more_added} more", "green")] if more_added else ()),
     ]
 
 
@@ -310,7 +314,10 @@ def _repairs(said: dict[str, Any], now: datetime) -> Iterator[_Row]:
         row = "  ".join(f"{part:{width}}" for part, width in zip(parts, widths, strict=True))
         yield _Row("repairs", row)
         if number == 0:
-            for line in _changes(recent[0]["removed"], recent[0]["added"]):
+            one = recent[0]
+            # Whoever reads what was written before an update finds no such counts.
+            more = (one.get("more_removed", 0), one.get("more_added", 0))
+            for line in _changes(one["removed"], one["added"], *more):
                 yield _Row("repairs", f"  {line.text}", line.colour)
 
 

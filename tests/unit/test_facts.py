@@ -126,6 +126,7 @@ def test_the_last_repairs_and_by_whom() -> None:
     assert last["changes"] == ["rule_narrowed"]
     assert last["writers"] == [{"comm": "iptables", "pid": 7, "of": "docker.service"}]
     assert last["removed"] == [f"-A POSTROUTING {BROAD}"] * 4, "the journal has all nine"
+    assert (last["more_removed"], last["more_added"]) == (5, 0)
 
 
 def test_nobody_is_named_whom_nobody_named() -> None:

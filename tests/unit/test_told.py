@@ -265,6 +265,13 @@ def without_guard() -> dict[str, Any]:
     return started(story).document()
 
 
+def many_rules() -> dict[str, Any]:
+    story = Story(policy=Policy(exclude=networks("172.7.32.0/20 172.7.64.0/20 172.7.192.0/18")))
+    for _ in range(9):
+        story.table().insert(BROAD)
+    return started(story).document()
+
+
 CASES = {
     "in-sync": (Word(Life.ANSWERS, in_sync(), 26.2, 27287), EXIT_OK),
     "drift": (Word(Life.ANSWERS, drift(), 3.0, 27287), EXIT_DRIFT),
@@ -283,6 +290,7 @@ CASES = {
     "two-families-guard-off": (Word(Life.ANSWERS, two_families(), 3.0, 27287), EXIT_OK),
     "without-guard": (Word(Life.ANSWERS, without_guard(), 3.0, 27287), EXIT_OK),
     "metrics-problem": (Word(Life.ANSWERS, metrics_problem(), 3.0, 27287), EXIT_OK),
+    "many-rules": (Word(Life.ANSWERS, many_rules(), 3.0, 27287), EXIT_OK),
     "unseen": (Word(Life.UNSEEN, waiting(), 3.0, 27287), EXIT_DRIFT),
     "dead": (Word(Life.GONE, in_sync(), 190.0, 27287), EXIT_WAITING),
     "not-answering": (Word(Life.SILENT, in_sync(), 190.0, 27287), EXIT_FAILING),
@@ -321,6 +329,7 @@ def test_colours_of_the_headline() -> None:
         "fight-ended",
         "two-families-guard-off",
         "metrics-problem",
+        "many-rules",
         "without-guard",
     }
     assert {name for name in colours if colours[name] == "yellow"} == {
