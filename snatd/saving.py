@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,13 +106,30 @@ class _Bringer:
 
 
 def _compared(old: bytes, new: Edited) -> Edited:
-    """The difference of two whole saves, without comments and order."""
-    before, after = (
-        [line for line in text.decode("utf-8", "surrogateescape").split("\n") if line[:1] != "#"]
-        for text in (old, new.content)
-    )
-    removed, added = Counter(before) - Counter(after), Counter(after) - Counter(before)
-    return replace(new, removed=tuple(removed.elements()), added=tuple(added.elements()))
+    """The difference of two whole saves, without comments. The order of rules is none."""
+    before, after = list(_tables(old)), list(_tables(new.content))
+    return replace(new, removed=_only(before, after), added=_only(after, before))
+
+
+def _tables(save: bytes) -> Iterator[tuple[str, str]]:
+    """Its lines, each with its table: `:INPUT` and `COMMIT` say something else in another one."""
+    table = ""
+    for line in save.decode("utf-8", "surrogateescape").split("\n"):
+        table = line if line.startswith("*") else table
+        if line and not line.startswith("#"):
+            yield table, line
+
+
+def _only(these: Iterable[tuple[str, str]], those: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """The lines, as often and in the order as they are here, that are not there."""
+    there = Counter(those)
+    found = []
+    for one in these:
+        if there[one]:
+            there[one] -= 1
+        else:
+            found.append(one[1])
+    return tuple(found)
 
 
 def _is_ours(settings: Config, backend: Backend) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,32 @@ def test_full_is_the_runbooks_step(node: Node, v4: Path, snatd: Snatd) -> None:
     assert f"-A POSTROUTING {NARROW}\n" in text
     load(node)
     assert rules(node) == [NARROW]
+
+
+@pytest.mark.parametrize("before", ["", "*filter\n:MINE - [0:0]\nCOMMIT\n"])
+def test_full_shows_what_comes_in_its_order(
+    node: Node, v4: Path, snatd: Snatd, before: str
+) -> None:
+    """Each table whole, with its own `:INPUT` and `COMMIT`."""
+    add(node, "-A", "POSTROUTING", *node.broad_rule)
+    node.host.run("iptables", "-w", "5", "-N", "MINE")
+    node.host.run("iptables", "-w", "5", "-A", "MINE", "-s", "192.0.2.1", "-j", "DROP")
+    v4.write_text(before)
+    done = snatd.command("save", "--full", "--dry-run")
+    assert done.returncode == 1, done.stderr
+    _, *shown = done.stdout.splitlines()
+    assert snatd.command("save", "--full").returncode == 0
+    comes = [one for one in v4.read_text().splitlines() if not one.startswith("#")]
+    if before:
+        filters = comes.index("*filter")
+        for line in before.splitlines():
+            del comes[comes.index(line, filters)]
+    # Some versions count what a policy let pass.
+    assert uncounted(shown) == uncounted(f"+ {one}" for one in comes)
+
+
+def uncounted(lines: Iterable[str]) -> list[str]:
+    return [re.sub(r"\[\d+:\d+\]", "[]", one) for one in lines]
 
 
 def test_full_invents_no_file(node: Node, snatd: Snatd) -> None:
