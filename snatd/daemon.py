@@ -11,7 +11,7 @@ import selectors
 import signal
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -289,7 +289,9 @@ class Daemon:
         deadline = Deadline(started_s + self._within_watchdog_s(limit_s))
         policy = self._settings.policy
         done = self._reconcile(policy, deadline)
-        if done.applied:
+        enforce = self._settings.mode == "enforce"
+        planned = () if enforce else done.view.plan
+        if done.applied or planned:
             # Who wrote may have been heard only while this pass was on its way.
             for ear in tuple(self._ears):
                 self._listen(ear)
@@ -298,6 +300,7 @@ class Daemon:
             late -= self._writers.keys()
             self._late = set(self._writers)
         causes = {one: _causes(one, writers, late) for one in done.applied}
+        rivals = dict.fromkeys(by for one in planned for by in _causes(one, writers, late))
         ended_s = time.monotonic()
         if self._schedule.rested(started_s):
             self._episode = (started_s, self._facts.repairs)
@@ -317,7 +320,6 @@ class Daemon:
             self._triggers["read_back"] += 1
         self._listen_to_bridge(done)
         self._facts.passed(done, triggers, causes, time.monotonic() - started_s)
-        enforce = self._settings.mode == "enforce"
         programs = {one: {writer.program for writer in by} for one, by in causes.items()}
         self._counts.passed(done, programs, ended_s - started_s, ended_s, enforce=enforce)
         # What was waited for came before what was done then.
@@ -325,7 +327,7 @@ class Daemon:
         self._tell_fight(done, causes, ended_s, was_fighting)
         if not (self._schedule.fighting and was_fighting):
             self._tell_changes(causes, triggers, ended_s - started_s)
-        self._tell_state(done)
+        self._tell_state(done, tuple(rivals))
         self._look_further(done, triggers, ended_s)
         self._publish()
 
@@ -427,8 +429,9 @@ class Daemon:
                     duration_ms=round(duration_s * 1000, 1),
                 )
 
-    def _tell_state(self, done: Pass) -> None:
-        """Says what is new about the state, and nothing while nothing is."""
+    def _tell_state(self, done: Pass, rivals: Sequence[Writer]) -> None:
+        """Says what is new about the state, and nothing while nothing is. `rivals`: who may have
+        caused what is only planned."""
         view = done.view
         self._say("cut_out", "info", list(report.cut_out_lines(view)))
         self._say(
@@ -454,7 +457,17 @@ class Daemon:
         self._say("ipv6_skipped", "info", why if skipped else "", hint=hint)
         if self._settings.mode == "observe":
             changes = list(report.diff(view.plan))
-            self._say("would_change", "warning", changes, over="in_sync", hint=_OBSERVE_HELP)
+            self._say(
+                "would_change",
+                "warning",
+                changes,
+                over="in_sync",
+                writer=join(rivals) if rivals else None,
+                writer_comm=[writer.comm for writer in rivals] or None,
+                writer_pid=[writer.pid for writer in rivals] or None,
+                writer_unit=[writer.of for writer in rivals if writer.of] or None,
+                hint=_OBSERVE_HELP,
+            )
 
     def _say(
         self,

@@ -242,6 +242,23 @@ def test_observe_only_says_what_it_would_do(node: Node, start: Start) -> None:
     assert snatd.command("status").returncode == 1
 
 
+def test_observe_names_who_made_it_so(node: Node, start: Start, backend: str) -> None:
+    node.write_lease()
+    add(node, "-A", "POSTROUTING", *NARROW.split(" "))
+    snatd = start(mode="observe", guard="off")
+    assert snatd.status()["in_sync"]
+    add(node, "-I", "POSTROUTING", *node.broad_rule)
+    (one,) = snatd.wait_for("would_change")
+    if backend == "legacy":
+        assert "writer" not in one, "the kernel does not say it"
+    else:
+        assert one["writer"].startswith("iptables (pid ")
+        assert one["writer_comm"] == ["iptables"]
+    add(node, "-D", "POSTROUTING", *node.broad_rule)
+    (over,) = snatd.wait_for("in_sync")
+    assert "writer" not in over
+
+
 def test_silence_while_in_sync(node: Node, start: Start) -> None:
     node.write_lease()
     snatd = start(resync=1)
