@@ -320,7 +320,8 @@ def test_a_purge_takes_the_backups_of_saved_rules_along(off: Node) -> None:
     # The other two are no longer looked after; as they were they are put back by hand.
     machine.path(paths[0]).write_text(saved)
     said = remove(machine)
-    assert f"{paths[1]}.snatd-backup stays: the file as it was before snatd" in said
+    assert f"{paths[1]}.snatd-backup stays until a purge: the file as it was before snatd" in said
+    assert said.count("before snatd") == 2, "of the other one too, once each"
     assert [one.exists() for one in backups] == [False, True, True]
     assert BROAD in machine.path("/srv/rules.v4").read_text()
     remove(machine, "purge")

@@ -145,7 +145,9 @@ def test_the_backups_of_saved_rules_go_with_it(fedora: Node, rpms: Rpms) -> None
     backup = machine.path("/etc/sysconfig/iptables.snatd-backup")
     up(fedora)
     until(backup.exists, "the backup", 30)
-    rpm(machine, "-e", "snatd")
+    said = rpm(machine, "-e", "snatd")
+    assert "iptables.snatd-backup goes with the package: the file as it was before snatd\n" in said
+    assert "stays: the file" not in said
     assert BROAD in machine.path("/etc/sysconfig/iptables").read_text()
     assert not backup.exists()
     assert not machine.path("/var/lib/snatd").exists()
