@@ -41,6 +41,7 @@ def _bridge(examined: Examined) -> Found:
         return
     found = () if examined.by_cni else examined.programs
     dockerds = [one.pid for one in found if docker.is_daemon(one)]
+    idle = None if dockerds or examined.by_cni else examined.tools.find("dockerd")
     for family, lease in node.lease.families:
         if not node.has(family):
             yield way.family_off(lease, read_sysctl(way.SWITCHED_OFF_EVERYWHERE))
@@ -48,7 +49,7 @@ def _bridge(examined: Examined) -> Found:
         key = way.SWITCHED_OFF.get(family)
         names = [link.name for link in node.links] if key else []
         off = {key.format(name): read_sysctl(key.format(name)) for name in names if key}
-        yield from way.bridge(lease, node.links, examined.devices, off, dockerds)
+        yield from way.bridge(lease, node.links, examined.devices, off, dockerds, idle)
 
 
 def _forwarding(examined: Examined) -> Found:

@@ -103,10 +103,11 @@ def bridge(
     devices: Sequence[Device],
     switched_off: Mapping[str, str | None],
     dockerds: Sequence[int] = (),
+    idle: str | None = None,
 ) -> Iterator[Finding]:
     """Which device carries FLANNEL_SUBNET's address, and whether that can be. `switched_off`: the
     sysctl of each device that keeps the family from it. `dockerds`: the pids of those from which
-    the bridge should be."""
+    the bridge should be; `idle`: where there is one that does not run."""
     gateway, version = lease.gateway, lease.gateway.version
     carriers = [link.name for link in links if gateway in link.addresses]
     busy = Counter(one.master for one in devices)
@@ -154,14 +155,14 @@ def bridge(
     ]
     wrong += [one for one in _USUAL_BRIDGES if one in instead and one not in wrong]
     if not wrong:
-        yield _no_bridge(gateway, dockerds)
+        yield _no_bridge(gateway, dockerds, idle)
         return
     name = wrong[0]
     off = [key for key, value in switched_off.items() if f"/{name}/" in key and value == "1"]
     yield _elsewhere(gateway, name, instead[name], off, busy=name in busy)
 
 
-def _no_bridge(gateway: Interface, dockerds: Sequence[int]) -> Finding:
+def _no_bridge(gateway: Interface, dockerds: Sequence[int], idle: str | None) -> Finding:
     said = f"FLANNEL_SUBNET says {gateway}; there is no {' or '.join(_USUAL_BRIDGES)}"
     why = (
         "the rule for what leaves the node waits for the container bridge, which comes with the "
@@ -170,7 +171,9 @@ def _no_bridge(gateway: Interface, dockerds: Sequence[int]) -> Finding:
     if not dockerds:
         nothing = "# nothing, if there are no containers yet"
         says = f"no device carries {gateway} yet"
-        return Finding("no_bridge", Severity.INFO, says, (said,), why, (nothing,))
+        stopped = (f"{idle} is installed, and does not run",) if idle else ()
+        remedy = ("# if Docker makes it: systemctl start docker",) if idle else (nothing,)
+        return Finding("no_bridge", Severity.INFO, says, (said, *stopped), why, remedy)
     run = [f"dockerd (pid {one}) runs, which makes docker0 when it starts" for one in dockerds]
     return Finding(
         "no_bridge",

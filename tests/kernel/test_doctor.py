@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -284,6 +285,20 @@ def test_the_bridge_has_no_address_of_ipv6(nft_lab: Lab, tmp_path: Path) -> None
 def test_no_bridge_yet_is_no_fault(node: Node, snatd: Snatd) -> None:
     node.host.shell("ip link del docker0")
     only(snatd, "no_bridge", "info")
+
+
+def test_no_bridge_since_docker_was_stopped(node: Node, snatd: Snatd, tmp_path: Path) -> None:
+    node.host.shell("ip link del docker0")
+    commands = tmp_path / "commands"
+    there, *_ = node.host.environment()["PATH"].split(":")
+    shutil.copytree(there, commands, symlinks=True)
+    (commands / "dockerd").touch(mode=0o755)
+    node.host.use_iptables(commands)
+    one = only(snatd, "no_bridge", "info")
+    assert one["evidence"][1] == f"{commands}/dockerd is installed, and does not run"
+    assert one["remedy"] == ["# if Docker makes it: systemctl start docker"]
+    node.host.program("dockerd")
+    assert "runs, which makes docker0" in found(snatd)["no_bridge"]["evidence"][1]
 
 
 def test_a_veth_with_the_gateways_address_alone_is_no_bridge(node: Node, snatd: Snatd) -> None:
