@@ -96,7 +96,7 @@ $(BIN)/.fuzz: $(BIN)/.complete
 fuzz: venv $(BIN)/.fuzz  ## every parser, led by coverage; FUZZ_S seconds each (default 25)
 	@$(BIN)/python -m tests.fuzz
 
-soak: venv  ## three rivals at once; SOAK_MUTATIONS (default 100,000; with SOAK=1 a million); needs root
+soak: venv  ## three rivals at once; SOAK_MUTATIONS (default 100,000; with SOAK=1 half a million); needs root
 	@$(BIN)/python -m pytest -s tests/soak
 
 bench: $(BIN)/.complete  ## measure, and print a table (BENCH="--quick", "--json FILE", "--compare FILE")
