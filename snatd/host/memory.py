@@ -67,7 +67,8 @@ class MemoryFile:
                 "backend": backend.value,
                 "subnet": str(memory.subnet),
                 "rules": [
-                    {"text": text, "copies": copies, "gone": text in memory.gone}
+                    {"text": text, "copies": copies}
+                    | ({"gone": True} if text in memory.gone else {})
                     for text, copies in memory.replaced
                 ],
             }
