@@ -328,7 +328,11 @@ class Daemon:
         if not (self._schedule.fighting and was_fighting):
             self._tell_changes(causes, triggers, ended_s - started_s)
         self._tell_state(done, tuple(rivals))
-        self._look_further(done, triggers, ended_s)
+        # In a fight each repair is undone: what begins counts from its beginning to its end.
+        fighting = self._schedule.fighting and was_fighting
+        changed = bool(done.applied) and not fighting
+        changed = changed or (was_fighting and not fighting)
+        self._look_further(done, triggers, ended_s, changed=changed)
         self._publish()
 
     def _within_watchdog_s(self, limit_s: float) -> float:
@@ -347,13 +351,15 @@ class Daemon:
             why = getattr(error, "strerror", None) or str(error) or "no memory"
             return Pass(View(problems=(Problem(BackendBusy(f"not enough for a pass: {why}")),)))
 
-    def _look_further(self, done: Pass, triggers: Counter[str], now_s: float) -> None:
+    def _look_further(
+        self, done: Pass, triggers: Counter[str], now_s: float, *, changed: bool
+    ) -> None:
         if self._notifier.watchdog_s is not None:
             share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
             self._evidence.look_limit_s = min(self._evidence.look_limit_s, share_s)
             self._saving.look_limit_s = min(self._saving.look_limit_s, share_s)
         cause = Cause.RESYNC
-        if done.applied or not {"start", "reload"}.isdisjoint(triggers):
+        if changed or not {"start", "reload"}.isdisjoint(triggers):
             cause = Cause.CHANGED
         elif not {NftEar.source, LegacyPoll.source, "xtables_lock"}.isdisjoint(triggers):
             cause = Cause.HEARD
@@ -389,7 +395,10 @@ class Daemon:
             return
         # A script has another pid at each write: the last one of a name says enough.
         writers = [writer for several in causes.values() for writer in several]
-        names = [*{(writer.comm, writer.of): writer for writer in writers}.values()]
+        last = {(writer.comm, writer.of): writer for writer in writers}
+        placed = {comm for comm, of in last if of}
+        # One that was gone before its unit was seen is the same rival's.
+        names = [one for (comm, of), one in last.items() if of or comm not in placed]
         began_s, before = self._episode
         repairs, lasted_s = self._facts.repairs - before, round(ended_s - began_s, 1)
         if not self._schedule.fighting:
@@ -456,7 +465,8 @@ class Daemon:
         hint = "only IPv4 is looked after"
         self._say("ipv6_skipped", "info", why if skipped else "", hint=hint)
         if self._settings.mode == "observe":
-            changes = list(report.diff(view.plan))
+            # A rival's copies are no news, however many there are.
+            changes = list(dict.fromkeys(report.diff(view.plan)))
             self._say(
                 "would_change",
                 "warning",

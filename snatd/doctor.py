@@ -77,6 +77,7 @@ def _unread(examined: Examined) -> Found:
 # Each is asked; the gravest answer comes first.
 _CHECKS: tuple[Callable[[Examined], Found], ...] = (
     _problems,
+    doctor_rivals.dockers_rules,
     *doctor_way.CHECKS,
     *doctor_rivals.CHECKS,
     _unread,

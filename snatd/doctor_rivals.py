@@ -23,6 +23,7 @@ from snatd.core.packet import Hook
 from snatd.core.saved import bring_in_line
 from snatd.core.trace import Answer, rewriters, without_guard
 from snatd.core.word import Life, Word
+from snatd.core.xtables import iptables_of
 from snatd.examined import Examined, Found
 from snatd.host import files, processes, status
 from snatd.host.docker import read_dockers
@@ -39,6 +40,8 @@ _LARGEST_TEXT_BYTES = 1 << 20
 def _drift(examined: Examined) -> Found:
     """What snatd itself would change, and the guard that it cannot have."""
     settings, view = examined.settings, examined.view
+    if examined.complaints:
+        return  # the daemon may be right by what it was told before
     cure: tuple[str, ...] = ('# mode = "enforce" in snatd.toml, then:', "systemctl reload snatd")
     if settings.mode == "enforce":
         cure = ("snatd apply",)
@@ -47,8 +50,10 @@ def _drift(examined: Examined) -> Found:
     refused = {family: why for family, why in said.items() if family in planned}
     refused |= {one.family: str(one) for one in view.unguarded if one.family}
     dockers = read_dockers(examined.programs) if view.plan else ()
+    fight = (_said(examined.word) or {}).get("fights", {}).get("now")
     for one in view.plan:
-        if one.backend is not Backend.GUARD or one.family not in refused:
+        # In a fight that is what the rival left since the last repair.
+        if not fight and (one.backend is not Backend.GUARD or one.family not in refused):
             yield from rivals.drift(one, _is_guarded(examined, one.family), dockers, cure)
     for wanted in view.leased:
         if wanted.family in refused:
@@ -126,8 +131,6 @@ def _programs(examined: Examined) -> Found:
     lease = examined.node.lease if examined.node else None
     for dockerd in read_dockers(there):
         yield from docker.file(dockerd)
-        if dockerd.process is not None:
-            yield from docker.rules_gone(dockerd, _where_docker_has_rules(examined))
         if isinstance(lease, Lease):
             yield from docker.masquerade(dockerd, lease, examined.leased)
             for family, leased in lease.families:
@@ -146,11 +149,25 @@ def _programs(examined: Examined) -> Found:
     yield from programs.several_snatd(there)
 
 
-def _where_docker_has_rules(examined: Examined) -> dict[str, tuple[Hook, ...]]:
+def dockers_rules(examined: Examined) -> Found:
+    """Asked before all others: what they would find comes of it, and is mended with it."""
+    running = [one for one in read_dockers(examined.programs) if one.process is not None]
+    if not (running and examined.node):
+        return
+    legacy = examined.node.iptables_is is Backend.LEGACY
     places = {"FORWARD": FORWARD, "nat PREROUTING": DNAT}
-    asked = {name: examined.hooks(Family.V4, kind) for name, kind in places.items()}
-    unread = [one.unread for one in examined.rules_read.values()]
-    return {} if any(unread) else asked
+    asked = {
+        name: [
+            one
+            # Those of the other backend are left from before it was changed.
+            for one in examined.hooks(Family.V4, kind)
+            if one.table.startswith("legacy ") is legacy or not iptables_of(one.table)[0]
+        ]
+        for name, kind in places.items()
+    }
+    if not any(one.unread for one in examined.rules_read.values()):
+        for one in running:
+            yield from docker.rules_gone(one, asked)
 
 
 def _lease(path: Path, there: tuple[programs.Process, ...]) -> Found:

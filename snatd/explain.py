@@ -17,7 +17,7 @@ from snatd.core.masquerade import masquerade_addresses
 from snatd.core.model import Address, Family, join
 from snatd.core.packet import Mark, Packet, address_types
 from snatd.core.trace import GUARD_TABLE, Answer, Place, Taken, Trace, trace
-from snatd.core.writers import UNKNOWN, writer
+from snatd.core.writers import said, writer
 from snatd.kernel.hooks import Hooks
 from snatd.kernel.links import find_route, read_sources
 
@@ -119,8 +119,8 @@ def lines(told: Explanation) -> Iterator[str]:
         yield f"{hook.table} {hook.chain}, priority {hook.priority}{note}"
         for depth, taken in islice(_flat(way or ()), _MOST_LINES):
             place = taken.place
-            who = writer(place.table, place.chain, place.step.text)
-            by = f" ({who})" if who != UNKNOWN else ""
+            who = said(place.table, place.chain, place.step.text)
+            by = f" ({who})" if who else ""
             may = f"  [only if: {taken.undecided}]" if taken.undecided else ""
             head = f"{'  ' * depth}{place.chain} {place.step.number}{by}: "
             yield f"  {head}{place.step.text}{may}"
@@ -160,10 +160,10 @@ def _seen(answer: Answer) -> str:
 
 
 def _by(place: Place) -> str:
-    who = writer(place.table, place.chain, place.step.text)
+    who = said(place.table, place.chain, place.step.text)
     if place.table.endswith(f" {GUARD_TABLE}"):
         return "guard"
-    return f"{who}, {place}" if who != UNKNOWN else str(place)
+    return f"{who}, {place}" if who else str(place)
 
 
 def document(told: Explanation) -> dict[str, Any]:

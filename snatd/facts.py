@@ -9,7 +9,7 @@ from typing import Any
 
 from snatd import __version__, report
 from snatd.core.model import Backend, count, join
-from snatd.core.plan import Transaction
+from snatd.core.plan import Change, Transaction
 from snatd.host import journal
 from snatd.kernel.events import Writer
 from snatd.reconcile import Pass
@@ -100,6 +100,7 @@ class Facts:
             self._fight["with"] = join(rivals)
         self._placed = self._placed or placed
         self._fight["repairs"] = repairs
+        self._fight["guard_undone"] = self.guard_is_undone
 
     def fight_ended(self, repairs: int) -> str:
         """Returns whose it was."""
@@ -145,9 +146,7 @@ class Facts:
             ]
         changed = self._changed()
         if self.mode == "observe":
-            keeps = "the guard" if self._is_guarded() else "no guard"
-            meanwhile = f", {keeps} keeps cluster addresses" if self._view.get("plan") else ""
-            parts.append(f"mode is observe: nothing is changed{meanwhile}")
+            parts.append(f"mode is observe: nothing is changed{self._meanwhile()}")
         wrong = self._is_wrong()
         if wrong:
             parts.append("the rules are in sync, but " + wrong)
@@ -157,6 +156,8 @@ class Facts:
             parts.append(f"{count(changed, 'new connection')} did not keep {_its(changed)} address")
         elif not self.guard_is_undone:
             parts += self._particulars
+            if self._view.get("problems") and self._is_guarded():
+                parts.append("the guard keeps cluster addresses")
         parts += [
             f"saved rules {one['path']} {one['state']}"
             for one in self._evidence.get("saved_rules", ())
@@ -173,6 +174,15 @@ class Facts:
             one["backend"] == Backend.GUARD.value and one["at"] >= self._fight["since"]
             for one in self._recent
         )
+
+    def _meanwhile(self) -> str:
+        """What becomes of containers' addresses while only the plan is right."""
+        reasons = [reason for one in self._view.get("plan", ()) for reason in one["reasons"]]
+        if all(reason["change"] != Change.NARROWED.value for reason in reasons):
+            return ""
+        if self._is_guarded():
+            return ", the guard keeps the containers' addresses"
+        return ", containers are seen under this node's address"
 
     def _is_guarded(self) -> bool:
         guards = [one["in_place"] for one in self._view.get("guard", ())]

@@ -238,6 +238,8 @@ def _table(word: Word, said: dict[str, Any], now: datetime) -> Iterator[_Row]:
             # A nat chain sees the first packet of a connection only.
             before = "" if one["family"] in leased else " for the lease before"
             says, colour = f"in place{before}, kept the address of {_connections(one)}", ""
+            if (fight := said["fights"]["now"]) and fight["guard_undone"]:
+                says, colour = f"undone again and again; at the last look {says}", "red"
         yield _Row(f"{one['family']} guard", says, colour)
     yield from _suspects(said)
     yield from _proof(said, now)

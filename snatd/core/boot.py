@@ -151,7 +151,7 @@ def unit(shown: Mapping[str, str]) -> Iterator[Finding]:
             "systemd had to start the daemon again",
             (f"{UNIT}: NRestarts={shown['NRestarts']}",),
             "it was killed or ended by itself; rules and guard stayed meanwhile",
-            (f"journalctl -u {UNIT}",),
+            (f"journalctl -n 50 -u {UNIT}",),
         )
     late = sorted(_RUNTIMES & set(shown.get("After", "").split()))
     if late and not set(late) & set(shown.get("Before", "").split()):
@@ -246,5 +246,5 @@ def configuration_refused(why: Sequence[str]) -> Finding:
         "the daemon runs with an older configuration than the file's",
         tuple(why),
         "it refused the file when it was told to read it again, and has not been told since",
-        ("systemctl reload snatd",),
+        ("# mend what was found, then:", "systemctl reload snatd"),
     )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +134,7 @@ def masquerade(docker: Docker, lease: Lease, leased: Iterable[Desired]) -> Itera
             evidence,
             "Docker's rule hides containers from other nodes wherever snatd does not mend it; with "
             "FLANNEL_IPMASQ=true flannel expects Docker to have --ip-masq=false",
-            (_put(docker, "ip-masq", "false"), _RESTART),
+            (_put(docker, "ip-masq", "false"), _then_restart(docker, "ip-masq", "false")),
         )
     elif not (lease.ipmasq or by_docker):
         yield Finding(
@@ -151,6 +152,14 @@ def _put(docker: Docker, name: str, value: str) -> str:
     if name in docker.arguments:
         return f"# start dockerd with --{name}={value.strip(chr(34))}"
     return f'# put "{name}": {value} into {docker.path}'
+
+
+def _then_restart(docker: Docker, name: str, value: str) -> str:
+    """Typed before that is done it would stop all containers for nothing."""
+    if name in docker.arguments:
+        return f"# then: {_RESTART}"
+    path, pattern = shlex.quote(docker.path), shlex.quote(f'"{name}": *{re.escape(value)}')
+    return f"grep -q {pattern} {path} && {_RESTART}"
 
 
 def bip(docker: Docker, gateway: Interface, wanted: Desired, *, by_cni: bool) -> Iterator[Finding]:
@@ -173,7 +182,7 @@ def bip(docker: Docker, gateway: Interface, wanted: Desired, *, by_cni: bool) ->
         (where, f"subnet.env: {_LEASE[wanted.family]}={gateway}"),
         "containers get addresses that other nodes do not send here"
         + (" from the next start of dockerd on" if not waits else ""),
-        (_put(docker, name, f'"{gateway}"'), _RESTART),
+        (_put(docker, name, f'"{gateway}"'), _then_restart(docker, name, f'"{gateway}"')),
     )
 
 
@@ -187,21 +196,28 @@ def _is(text: str, gateway: Interface) -> bool:
         return False
 
 
-def rules_gone(docker: Docker, asked: Mapping[str, Iterable[Hook]]) -> Iterator[Finding]:
+def rules_gone(docker: Docker, asked: Mapping[str, Sequence[Hook]]) -> Iterator[Finding]:
     """Whether a dockerd's own rules are still asked. `asked`: the base chains of each place where
     it has some, by the place's name."""
     on, why = docker.is_on("iptables")
     without = [where for where, hooks in asked.items() if not any(map(_is_dockers, hooks))]
-    if on and without:
-        yield Finding(
-            "docker_rules_gone",
-            Severity.WARNING,
-            "somebody removed rules of Docker's",
-            (why, *(f"nothing in {where} leads to a chain of Docker's" for where in without)),
-            "published ports may not answer, and Docker's networks are not kept apart; what snatd "
-            "promises holds meanwhile",
-            (f"{_RESTART}  # writes them again",),
-        )
+    if not (on and without):
+        return
+    closed = [str(one) for where in without for one in asked[where] if one.drops]
+    yield Finding(
+        "docker_rules_gone",
+        Severity.ERROR if closed else Severity.WARNING,
+        "somebody removed rules of Docker's",
+        (
+            why,
+            *(f"nothing in {where} leads to a chain of Docker's" for where in without),
+            *(f"{one} drops what no rule accepts" for one in closed),
+        ),
+        "containers reach nothing that is forwarded, and nobody reaches them"
+        if closed
+        else "published ports may not answer, and Docker's networks are not kept apart",
+        (f"{_RESTART}  # writes them again; then ask doctor again",),
+    )
 
 
 def _is_dockers(hook: Hook) -> bool:

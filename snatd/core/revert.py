@@ -39,7 +39,8 @@ class Memory:
 def remember(transaction: Transaction, subnet: Network, before: Memory | None) -> Memory:
     """The memory to keep before a transaction is applied; `before` is what it was for this subnet.
 
-    Of a rule that its owner writes again and again, the largest number of copies counts.
+    Of a rule that somebody writes again and again, the number of copies that there were at first
+    counts: what a rival leaves in between is not what was there before snatd.
     """
     if before is None or before.subnet != subnet:
         before = Memory(subnet)
@@ -47,7 +48,9 @@ def remember(transaction: Transaction, subnet: Network, before: Memory | None) -
     for edit in transaction.edits:
         if edit.chain == POSTROUTING:
             here = Counter(rule.text for rule in edit.removed if not is_ours(rule))
-            copies |= here
+            for text in here:
+                if text in gone or text not in copies:
+                    copies[text] = here[text]
             gone -= here.keys()
     return Memory(subnet, tuple(copies.items()), gone)
 
@@ -70,7 +73,7 @@ def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) 
     a replacement, and a memory of another is not replayed. Where there is no memory of a rule's
     subnet, it becomes the broad rule of its own shape again, since taking it away would take away
     the egress too. What ours no longer stands for (somebody deleted it) comes back at the end,
-    unless it would be gone anyway.
+    unless it would be gone anyway, as where all rules of the chain are.
     """
     there = Counter(rule.text for rule in ruleset.postrouting)
     # What its owner has put back since is not put back again.
@@ -96,7 +99,7 @@ def revert(ruleset: Ruleset, memories: Sequence[Memory], today: Network | None) 
             after += [first] + [replace(first, counters=None)] * (of_subnet.pop(text) - 1)
     known = today or (memories[-1].subnet if memories else None)
     gone = {text for one in memories if one.subnet == known for text in one.gone}
-    if known is not None:
+    if known is not None and ruleset.postrouting:
         for text, copies in left.get(known, Counter[str]()).items():
             after += [] if text in gone else [Rule(text)] * copies
     edits = (

@@ -273,7 +273,7 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
         )
 
 
-_OFTEN, _WITHIN_S, _BURST_S = 4, 300.0, 1.5
+_OFTEN, _WITHIN_S, _BURST_S = 4, 300.0, 2.5
 
 
 def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:

@@ -47,6 +47,19 @@ UNKNOWN = "unknown"
 
 def writer(table: str, chain: str, text: str) -> str:
     """`table` as in `ip nat`; `text` as printed by the rule's own tool."""
+    return _by_name(table, chain, text) or _by_shape(text) or UNKNOWN
+
+
+def said(table: str, chain: str, text: str) -> str:
+    """The same for a person, who shall know what is a guess: anybody may write a rule as Docker
+    does. Empty where nobody is known."""
+    if name := _by_name(table, chain, text):
+        return name
+    who = _by_shape(text)
+    return f"as {who} writes it" if who not in ("", "snatd") else who
+
+
+def _by_name(table: str, chain: str, text: str) -> str:
     name = table.rpartition(" ")[2]
     if name in _TABLES:
         return _TABLES[name]
@@ -55,7 +68,11 @@ def writer(table: str, chain: str, text: str) -> str:
         for beginning, who in _CHAINS:
             if candidate.startswith(beginning):
                 return who
-    return next((who for shape, who in _RULES if shape.search(text)), UNKNOWN)
+    return ""
+
+
+def _by_shape(text: str) -> str:
+    return next((who for shape, who in _RULES if shape.search(text)), "")
 
 
 def by(table: str, chain: str, text: str) -> str:

@@ -53,7 +53,7 @@ def test_broad_then_narrowed(lab: Lab, node: Node, snatd: Snatd, tmp_path: Path)
         "why": one["why"],
     }
     # What `explain` says of the datagram.
-    assert one["why"].startswith(f"{FIRST} sees {node.address} (Docker, ")
+    assert one["why"].startswith(f"{FIRST} sees {node.address} (as Docker writes it, ")
     assert discard.sender() == node.address
     applied(node, tmp_path)
     (one,) = verified(snatd, exit_code=0)

@@ -50,8 +50,8 @@ def test_docker_hides_it() -> None:
         '  POSTROUTING 1 (kube-proxy): -m comment --comment "kubernetes postrouting rules" '
         "-j KUBE-POSTROUTING\n"
         "    KUBE-POSTROUTING 1 (kube-proxy): -m mark ! --mark 0x4000/0x4000 -j RETURN\n"
-        f"  POSTROUTING 2 (Docker): {BROAD}\n"
-        "172.7.22.2 sees 10.4.7.21 (Docker, ip nat POSTROUTING rule 2)"
+        f"  POSTROUTING 2 (as Docker writes it): {BROAD}\n"
+        "172.7.22.2 sees 10.4.7.21 (as Docker writes it, ip nat POSTROUTING rule 2)"
     )
 
 
@@ -69,7 +69,7 @@ def test_what_it_depends_on() -> None:
     explanation = told(xtables_hook(f"-m set --match-set X dst -j ACCEPT\n{BROAD}"))
     assert printed(explanation).splitlines()[2:] == [
         "  POSTROUTING 1: -m set --match-set X dst -j ACCEPT  [only if: -m set --match-set X dst]",
-        f"  POSTROUTING 2 (Docker): {BROAD}",
+        f"  POSTROUTING 2 (as Docker writes it): {BROAD}",
         "172.7.22.2 may see 10.4.7.21 or 172.7.21.2: depends on `-m set --match-set X dst`",
     ]
     found = document(explanation)

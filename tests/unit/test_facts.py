@@ -163,7 +163,12 @@ def test_a_fight_has_a_rival_a_time_and_a_number_of_repairs() -> None:
     daemon = Daemon().passed()
     daemon.facts.fights([Writer(7, "iptables")], 21, 3.5)
     began = "2026-01-02T03:00:56.500+00:00"
-    first = {"with": "iptables (pid 7)", "since": began, "repairs": 21}
+    first = {
+        "with": "iptables (pid 7)",
+        "since": began,
+        "repairs": 21,
+        "guard_undone": False,
+    }
     assert daemon.document()["fights"] == {"count": 1, "now": first, "last": None}
     daemon.passed()
     daemon.facts.fights([], 24, 63.5)

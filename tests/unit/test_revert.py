@@ -182,6 +182,18 @@ def test_what_a_boot_or_a_flush_took_comes_back_only_in_our_place() -> None:
     assert texts(reverted(after, memory).postrouting) == ["-j A", BROAD, odd]
 
 
+def test_what_a_rival_leaves_in_between_does_not_count() -> None:
+    after, memory = narrow(chain(BROAD))
+    for _ in range(3):
+        after, memory = narrow(chain(BROAD, BROAD, BROAD, *texts(after.postrouting)), memory=memory)
+    assert texts(reverted(after, memory).postrouting) == [BROAD]
+
+
+def test_where_all_rules_are_gone_nothing_comes_back() -> None:
+    _, memory = narrow(chain(BROAD))
+    assert texts(reverted(chain(), memory).postrouting) == []
+
+
 def test_what_is_back_already_is_not_put_back_again() -> None:
     _, memory = narrow(chain(BROAD, "-j A"))
     assert texts(reverted(chain(BROAD, OURS, "-j A"), memory).postrouting) == [BROAD, "-j A"]

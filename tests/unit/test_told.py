@@ -213,7 +213,9 @@ def fighting_for_the_guard() -> dict[str, Any]:
     guard = story.table(GUARD)
     guard.ruleset = replace(guard.ruleset, postrouting=())
     rival = Writer(27400, "nft", "rival.service")
-    return story.at("02:40:32").hears("nft", rival).run("nft", by=[rival]).document()
+    story.at("02:40:32").hears("nft", rival).run("nft", by=[rival])
+    story.facts.fights([rival], 13, 12)
+    return story.document()
 
 
 def fight_ended() -> dict[str, Any]:
