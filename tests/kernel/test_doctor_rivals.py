@@ -561,23 +561,32 @@ def restarted(
     return docker(node.host, *arguments)
 
 
-@pytest.mark.usefixtures("daemon_json")
-@pytest.mark.parametrize("backend", ["nft", "legacy"])
-def test_somebody_removed_dockers_rules(node: Node, snatd: Snatd, backend: str) -> None:
+def test_somebody_removed_dockers_rules(lab: Lab, tmp_path: Path, backend: str) -> None:
+    node = lab.nodes[0]
+    node.write_lease()
+    own_etc(node)
     tool = f"iptables-{backend}"
-    dockerd = docker(node.host, "--bip=172.7.21.1/24", iptables=tool)
-    silent(snatd)
-    node.host.shell(f"{tool} -F FORWARD")
-    one = only(snatd, "docker_rules_gone")
-    assert one["evidence"] == [
-        f"dockerd (pid {dockerd.pid}): --iptables is not given, so it is on",
-        "nothing in FORWARD leads to a chain of Docker's",
-    ]
-    node.host.shell(f"{tool} -t nat -F PREROUTING")
-    one = only(snatd, "docker_rules_gone")
-    assert one["evidence"][2:] == ["nothing in nat PREROUTING leads to a chain of Docker's"]
-    restarted(node, dockerd, "--bip=172.7.21.1/24", "--iptables=false")
-    only(snatd, "nobody_masquerades", "info")
+    other = {"nft": "iptables-legacy", "legacy": "iptables-nft"}[backend]
+    with Snatd(node.host, tmp_path) as snatd:
+        assert snatd.command("apply").returncode == 0
+        # What the other backend has is left from before it was changed.
+        docker(node.host, "--bip=172.7.21.1/24", iptables=other).kill()
+        dockerd = docker(node.host, "--bip=172.7.21.1/24", iptables=tool)
+        assert "docker_rules_gone" not in found(snatd)
+        node.host.shell(f"{tool} -F FORWARD")
+        one = found(snatd)["docker_rules_gone"]
+        assert one["severity"] == "warning"
+        assert one["evidence"] == [
+            f"dockerd (pid {dockerd.pid}): --iptables is not given, so it is on",
+            "nothing in FORWARD leads to a chain of Docker's",
+        ]
+        node.host.shell(f"{tool} -t nat -F PREROUTING; {tool} -P FORWARD DROP")
+        first, *_ = snatd.json("doctor")["findings"]
+        assert (first["name"], first["severity"]) == ("docker_rules_gone", "error")
+        assert first["evidence"][2] == "nothing in nat PREROUTING leads to a chain of Docker's"
+        assert first["evidence"][3].endswith("FORWARD (priority 0) drops what no rule accepts")
+        restarted(node, dockerd, "--bip=172.7.21.1/24", "--iptables=false")
+        assert "docker_rules_gone" not in found(snatd)
 
 
 @pytest.mark.usefixtures("daemon_json")
