@@ -58,6 +58,8 @@ def flows(settings: Config, delete: str | None = None) -> Answer:
     ]
     if len(shown) < wrong and not delete:
         warnings.append(f"only the first {len(shown)} of {wrong} are listed")
+    if not delete and (over := sum(flow.is_over for flow in shown)):
+        warnings.append(f"{over} of these are over; `snatd status` counts them no more")
     if delete == "all" and any(tally.deleted for tally in tallies):
         warnings.append("a TCP connection that was deleted is reset with its next packet")
     if delete == "udp" and any(flow.protocol != "udp" for flow in shown):

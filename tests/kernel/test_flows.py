@@ -271,7 +271,9 @@ def test_fault_30_flows_since_a_change(lab: Lab, node: Node, tmp_path: Path) -> 
     assert (since.kept, since.changed, since.wrong) == (4, 1, 1)
 
 
-def test_a_connection_of_before_that_is_over_does_not_count(lab: Lab, node: Node) -> None:
+def test_a_connection_of_before_that_is_over_does_not_count(
+    lab: Lab, node: Node, tmp_path: Path
+) -> None:
     """It takes two minutes for its entry to go."""
     pod = lab.nodes[1].container_address
     assert seen_by(node.container, pod) == node.address
@@ -283,6 +285,9 @@ def test_a_connection_of_before_that_is_over_does_not_count(lab: Lab, node: Node
     assert seen_by(node.container, pod) == node.address
     since = sweep(node, census=True, before=before.ids)
     assert (since.wrong, since.changed) == (1, 1)
+    with Snatd(node.host, tmp_path) as snatd:
+        over = "2 of these are over; `snatd status` counts them no more"
+        until(lambda: over in snatd.command("flows").stderr, "both told")
 
 
 def test_single_entries_by_their_tuple(lab: Lab, node: Node, tmp_path: Path) -> None:
