@@ -376,7 +376,7 @@ def test_the_command(nft_lab: Lab, snatd: Snatd) -> None:
     node.host.run("iptables-nft", "-t", "nat", "-A", "POSTROUTING", *node.broad_rule)
     done = snatd.command("explain", pod, other)
     assert done.returncode == 0, done.stderr
-    rule = "Docker, ip nat POSTROUTING rule 1"
+    rule = "as Docker writes it, ip nat POSTROUTING rule 1"
     assert (
         done.stdout.splitlines()[0]
         == f"{pod} to {other} by eth0, next hop {neighbour.address}, mark 0x0"

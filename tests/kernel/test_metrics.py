@@ -21,7 +21,7 @@ from tests.lab.netns import until
 from tests.lab.network import Lab, Node
 from tests.lab.process import Snatd
 from tests.lab.prometheus import DASHBOARD, RULES, promtool, values
-from tests.lab.who import seen_by
+from tests.lab.who import seen_by, seen_by_udp
 
 FOLDER = "/run/collector"
 Start = Callable[..., Snatd]
@@ -211,7 +211,7 @@ def test_waiting_for_the_lease_is_a_hold(nft_lab: Lab, tmp_path: Path) -> None:
 def test_connections_that_are_wrong_since_before(nft_lab: Lab, tmp_path: Path) -> None:
     node, neighbour = prepared(nft_lab), nft_lab.nodes[1]
     add(node, "-A", "POSTROUTING", *node.broad_rule)
-    assert seen_by(node.container, neighbour.container_address) == node.address
+    assert seen_by_udp(node.container, neighbour.container_address) == node.address
     with daemon(node, tmp_path) as snatd:
         snatd.start()
         until(lambda: metric(node, 'stale_flows{family="ipv4"}') > 0, "the one from before")
