@@ -330,8 +330,7 @@ class Daemon:
         self._tell_state(done, tuple(rivals))
         # In a fight each repair is undone: what begins counts from its beginning to its end.
         fighting = self._schedule.fighting and was_fighting
-        changed = bool(done.applied) and not fighting
-        changed = changed or (was_fighting and not fighting)
+        changed = not fighting and (bool(done.applied) or was_fighting)
         self._look_further(done, triggers, ended_s, changed=changed)
         self._publish()
 
