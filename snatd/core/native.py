@@ -238,6 +238,8 @@ class _Compiler:
             case "&", [{"meta": {"key": "mark"}}, int(mask)]:
                 return Marked(mask, tuple(map(_number, values)))
             case "fib", {"result": "type", "flags": ["saddr" | "daddr" as side]}:
+                if any(not isinstance(one, str) for one in values):
+                    raise _Unnamed
                 return OfType(_FIELDS[side], tuple(values))
         raise _Unnamed
 

@@ -218,6 +218,13 @@ def test_an_action_of_nft(text: str, parts: str) -> None:
         {"match": {"op": "==", "left": {"meta": {"key": "mark"}}, "right": {"range": [1, 2]}}},
         {"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": "odd"}},
         {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": [{"|": ["new"]}]}},
+        {
+            "match": {
+                "op": "==",
+                "left": {"fib": {"result": "type", "flags": ["daddr"]}},
+                "right": {"range": ["unspec", "local"]},
+            }
+        },
         {"match": {"op": "==", "left": "odd", "right": 1}},
         {"match": {"op": "in", "left": {"meta": {"key": "mark"}}, "right": [0, 1]}},
         {
