@@ -277,7 +277,11 @@ def _accepting(rules: Rules, hook: Hook, source: Network | str, destination: Net
     rule = f"{ip} saddr {_as_nft(source)} {ip} daddr {_as_nft(destination)} accept"
     insert = shlex.join(["nft", "insert", "rule", *chain, *rule.split(" ")])
     if _stands(hook, hook.chain, rule):
-        return insert
+        # As in _put_first; nft deletes by handles only.
+        listing = shlex.join(["nft", "-a", "list", "chain", *chain])
+        handles = f"sed -n 's|^[[:space:]]*{rule} # handle ||p'"
+        delete = shlex.join(["nft", "delete", "rule", *chain, "handle"])
+        return f"{listing} | {handles} | xargs -rn1 {delete}; {insert}"
     listing = shlex.join(["nft", "list", "chain", *chain])
     return f"{listing} | grep -q '^[[:space:]]*{rule}$' || {insert}"
 

@@ -544,6 +544,28 @@ def test_a_native_chain_drops(nft_lab: Lab, node: Node, snatd: Snatd, family: st
     assert accepting(node) == ["ip saddr 172.7.0.0/16 ip daddr 172.7.21.0/24 accept"]
 
 
+def test_an_accept_of_nft_that_stands_too_late(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
+    accept = "ip saddr 172.7.0.0/16 ip daddr 172.7.21.0/24 accept"
+    foreign = f'{accept} comment "not the remedy"'
+    node.host.run(
+        *("nft", "-f", "-"),
+        stdin=f"""table inet fw {{ chain forwarded {{
+            type filter hook forward priority 10
+            iifname "eth0" ct state new drop
+            {accept}
+            {foreign}
+        }}
+        }}""",
+    )
+    assert connected(nft_lab, how=OUT)
+    one = only(snatd, "inbound_dropped")
+    mend(node, one)
+    mend(node, one)
+    assert connected(nft_lab)
+    assert found(snatd, 0) == {}
+    assert accepting(node) == [accept, foreign]
+
+
 def test_two_chains_drop_and_the_remedy_names_both(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
     dockers_rules(node, accept=False)
     node.host.shell(
