@@ -11,7 +11,7 @@ import selectors
 import signal
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -331,7 +331,7 @@ class Daemon:
         # In a fight each repair is undone: what begins counts from its beginning to its end.
         fighting = self._schedule.fighting and was_fighting
         changed = not fighting and (bool(done.applied) or was_fighting)
-        self._look_further(done, triggers, ended_s, changed=changed)
+        self._look_further(done, triggers, writers, ended_s, changed=changed)
         self._publish()
 
     def _within_watchdog_s(self, limit_s: float) -> float:
@@ -351,7 +351,13 @@ class Daemon:
             return Pass(View(problems=(Problem(BackendBusy(f"not enough for a pass: {why}")),)))
 
     def _look_further(
-        self, done: Pass, triggers: Counter[str], now_s: float, *, changed: bool
+        self,
+        done: Pass,
+        triggers: Counter[str],
+        writers: Iterable[Writer],
+        now_s: float,
+        *,
+        changed: bool,
     ) -> None:
         if self._notifier.watchdog_s is not None:
             share_s = self._notifier.watchdog_s * _SHARE_OF_WATCHDOG / 4
@@ -362,7 +368,7 @@ class Daemon:
             cause = Cause.CHANGED
         elif not {NftEar.source, LegacyPoll.source, "xtables_lock"}.isdisjoint(triggers):
             cause = Cause.HEARD
-        self._evidence.passed(done.view.node, done.view.leased, now_s, cause)
+        self._evidence.passed(done.view.node, done.view.leased, now_s, cause, writers)
         self._saving.passed(done.view, now_s)
 
     def _listen_to_bridge(self, done: Pass) -> None:

@@ -24,13 +24,14 @@ from snatd.core.deadline import Deadline
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError, BackendFailed, GaveWay, is_scarcity
 from snatd.core.flows import Ids
-from snatd.core.model import Address, Family, NodeState, count
+from snatd.core.model import Address, Family, NodeState, count, join
 from snatd.core.proof import INTERVAL_S, Limiter, Probe
 from snatd.facts import now
 from snatd.kernel.tools import Tools
 
 if TYPE_CHECKING:
     from snatd.kernel.conntrack import Sweep, Tally
+    from snatd.kernel.events import Writer
     from snatd.kernel.hooks import Hooks
     from snatd.suspects import Suspects
 
@@ -111,6 +112,8 @@ class Evidence:
     _flows: dict[Family, _FamilyFlows] = field(default_factory=dict)
     _node: NodeState | None = None
     _leased: tuple[Desired, ...] = ()
+    _writers: dict[Writer, None] = field(default_factory=dict)
+    """Who was heard since a look last told which rules there are."""
     _cause: Cause = Cause.RESYNC
     _stages: Iterator[None] | None = None
     """What is left of the look that began for `_doing`, and took `_took_s` so far."""
@@ -149,11 +152,17 @@ class Evidence:
         return f"{why}, and another rule {rule_lines(exposed)[0]}"
 
     def passed(
-        self, node: NodeState | None, leased: tuple[Desired, ...], now_s: float, cause: Cause
+        self,
+        node: NodeState | None,
+        leased: tuple[Desired, ...],
+        now_s: float,
+        cause: Cause,
+        writers: Iterable[Writer] = (),
     ) -> None:
         """A pass ended. The look itself comes later; one that had begun, begins again."""
         self._put_look_off()
         self._node, self._leased = node, leased
+        self._writers |= dict.fromkeys(writers)
         self._cause = _stronger(self._cause, cause)
         if cause is Cause.CHANGED:
             # What was proved was proved of other rules.
@@ -252,16 +261,29 @@ class Evidence:
             self._found, self._unproved = replace(self._found, wrong=()), True
         proved_at = self._found.proved_at if none else ""
         self._found = replace(self._found, suspects=found, proved_at=proved_at)
+        writers, self._writers = tuple(self._writers), {}
         self.say(
             "can_snat",
             "warning",
             suspects.rule_lines(found),
             over="none_can_snat",
             guard=self._guard(found),
+            writer=join(writers) if writers else None,
+            writer_comm=[writer.comm for writer in writers] or None,
+            writer_pid=[writer.pid for writer in writers] or None,
+            writer_unit=[writer.of for writer in writers if writer.of] or None,
             hint="snatd explain",
         )
-        earlier = suspects.earlier_lines(found)
-        self.say("before_guard", "warning", earlier, hint="give it a priority above -199")
+        self.say(
+            "before_guard",
+            "warning",
+            suspects.earlier_lines(found),
+            writer=join(writers) if writers else None,
+            writer_comm=[writer.comm for writer in writers] or None,
+            writer_pid=[writer.pid for writer in writers] or None,
+            writer_unit=[writer.of for writer in writers if writer.of] or None,
+            hint="give it a priority above -199",
+        )
         when = self.settings.probe
         doubt = self._unproved or self.wrong or any(one.rules for one in found)
         if when == "resync" or (when == "repair" and doubt):

@@ -92,6 +92,12 @@ def test_a_proof_ends_where_a_rule_could_undo_it(node: Node, snatd: Snatd) -> No
     assert status["state"] == "in sync", "the datagram was kept"
     (rule,) = status["suspects"][0]["rules"]
     assert "-o eth0 -p tcp -j MASQUERADE" in rule
+    (line,) = snatd.events("can_snat")
+    assert line["what"] == [f"can SNAT cluster traffic from 172.7.21.0/24: {rule}"]
+    if not node.host.run("iptables", "-V").strip().endswith("(legacy)"):
+        (pid,) = line["writer_pid"]
+        assert line["writer"].startswith(f"iptables (pid {pid})")
+        assert line["writer_comm"] == ["iptables"]
     assert "there is no guard, and another rule can SNAT" in status["status"]
     assert "keeps its address" not in status["status"]
     add(node, "-D", "POSTROUTING", "-o", "eth0", "-p", "tcp", "-j", "MASQUERADE")
@@ -118,12 +124,15 @@ def test_what_contradicts_the_rules_is_said(nft_lab: Lab, tmp_path: Path) -> Non
 
 
 def test_another_programs_chain_before_the_guard_is_told(node: Node, snatd: Snatd) -> None:
-    node.host.shell(
-        "nft add table ip early; nft add chain ip early post "
-        "'{ type nat hook postrouting priority -199; }'"
-    )
     snatd.start()
-    (told,) = snatd.wait_for("before_guard")[0]["what"]
+    until(lambda: snatd.status()["proof"]["proved_at"], "the first look")
+    node.host.run(
+        *("nft", "-f", "-"),
+        stdin="table ip early { chain post { type nat hook postrouting priority -199; }; }",
+    )
+    (line,) = snatd.wait_for("before_guard")
+    (told,) = line["what"]
+    assert line["writer_comm"] == ["nft"]
     assert told == "asked before the guard, or may be: nat chain ip early post (priority -199)"
     assert told in snatd.command("check").stdout
 
