@@ -238,6 +238,11 @@ def parse_listing(output: str, chain: str) -> tuple[Rule, ...]:
     return tuple(_listed_rule(line, chain) for line in lines[1:])
 
 
+# What iptables-nft (1.8.9) prints before a whole table in which somebody has a base chain of his
+# own; and also, with the same listing, where a commit came into its reading.
+_OTHER_BASE_CHAINS = re.compile(r"# Table `\S+' contains incompatible base-chains, .*")
+
+
 def parse_table(output: str) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str]]:
     """The chains that `iptables -t nat -S` printed, or `-S CHAIN`, and the policies of base chains.
 
@@ -255,7 +260,7 @@ def parse_table(output: str) -> tuple[dict[str, tuple[Rule, ...]], dict[str, str
             chains[name] = []
             if option == "-P":
                 policies[name] = rest
-        else:
+        elif not _OTHER_BASE_CHAINS.fullmatch(line):
             raise RuleError(f"not a line of a listing: {line[:80]!r}")
     return {name: tuple(rules) for name, rules in chains.items()}, policies
 

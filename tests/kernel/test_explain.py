@@ -307,6 +307,22 @@ def test_a_native_rule_in_iptables_table(nft_lab: Lab) -> None:
     assert ask(node, node.container_address, OUTSIDE) == node.address
 
 
+def test_another_base_chain_in_iptables_table(nft_lab: Lab) -> None:
+    """Of a table with many chains iptables-nft prints all, and a line on that one before."""
+    node = nft_lab.nodes[0]
+    names = [f"C{number}" for number in range(60)]
+    lines = [*(f":{name} -" for name in names), *(f"-A {name} -j RETURN" for name in names)]
+    lines += [f"-A POSTROUTING -j {name}" for name in names]
+    node.host.run("iptables-nft-restore", stdin="\n".join(["*nat", *lines, "COMMIT", ""]))
+    odd = "add chain ip nat odd { type nat hook postrouting priority 50; }"
+    node.host.run("nft", f"{odd}; add rule ip nat odd oifname eth0 masquerade")
+    assert node.host.run("iptables-nft", "-t", "nat", "-S").startswith("# Table `nat' contains ")
+    hooks = {hook.chain: hook for hook in hooks_of(node).hooks}
+    assert set(hooks) == {"odd", "POSTROUTING"}
+    assert [step.text for step in hooks["POSTROUTING"].chains["C59"]] == ["-j RETURN"]
+    assert ask(node, node.container_address, OUTSIDE) == node.address
+
+
 V4_ADDRESSES = [
     ("10.4.7.21/24",),
     ("10.4.7.21/24", "10.4.7.99/24"),

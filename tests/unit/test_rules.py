@@ -308,10 +308,16 @@ def test_a_table_is_read_chain_by_chain() -> None:
     assert policies == {"PREROUTING": "ACCEPT", "POSTROUTING": "DROP"}
 
 
+def test_a_table_with_somebodys_own_base_chain() -> None:
+    line = "# Table `nat' contains incompatible base-chains, use 'nft' tool to list them.\n"
+    assert parse_table(f"{line}-P POSTROUTING ACCEPT\n")[0] == {"POSTROUTING": ()}
+
+
 @pytest.mark.parametrize(
     "listing",
     [
         "",
+        "# Table\n-P POSTROUTING ACCEPT\n",
         "-P POSTROUTING ACCEPT\n-A POSTROUTING -j MASQ",
         "-A POSTROUTING -j MASQUERADE\n",
         "-P POSTROUTING ACCEPT\n-A FOO -j MASQUERADE\n",
