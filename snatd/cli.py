@@ -28,7 +28,7 @@ from snatd.core.guard import without_guard
 from snatd.core.model import Backend, Family, Hold, Network
 from snatd.core.plan import Transaction
 from snatd.core.revert import Memory, revert
-from snatd.host.confirm import Confirmation, confirm, decline
+from snatd.host.confirm import Confirmation, confirm, decline, waits
 from snatd.host.instance import AlreadyRunning, Instance
 from snatd.host.memory import Key, MemoryDamaged, MemoryFile
 from snatd.host.saved_rules import Outcome
@@ -51,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status_code = _failed(options, error.complaints, report.EXIT_CONFIG)
     except NotPermitted as error:
         status_code = _failed(options, (str(error),), report.EXIT_NOT_PERMITTED)
-    except (Refused, AlreadyRunning) as error:
+    except AlreadyRunning as error:
+        unanswered = "it is an `apply --confirm` that waits: `snatd confirm`, or it puts all back"
+        why = f"{error}: {unanswered}" if waits(error.pid) else str(error)
+        status_code = _failed(options, (why,), 1)
+    except Refused as error:
         status_code = _failed(options, (str(error),), 1)
     except BackendError as error:
         status_code = _failed(options, (str(error),), report.EXIT_FAILING)
@@ -300,7 +304,7 @@ def _revert(options: argparse.Namespace) -> int:
     changed = (*report.diff(done, _DONE), *saving.lines(files))
     if changed or not problems:
         _print_lines(changed or ("nothing of snatd's is here",))
-    _print_lines([f"{one} stays: the file as it was before snatd" for one in backups])
+    _print_lines([f"{one} stays: the file as it was before snatd edited it" for one in backups])
     for problem in problems:
         _warn(f"not reverted: {problem}")
     return report.EXIT_FAILING if problems else 0

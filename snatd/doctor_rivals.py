@@ -31,6 +31,7 @@ from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
 from snatd.kernel.hooks import DNAT, FORWARD, NAT, Hooks
 
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
+_DOCKER_UNIT = "docker.service"
 _CHECK_ORDER = "/usr/libexec/snatd/check-order"
 _PROPERTIES = "LoadState,UnitFileState,ActiveState,Result,ExecMainStatus,NRestarts,After,Before"
 _SYSCONFIG = (Path("/etc/sysconfig/iptables-config"), Path("/etc/sysconfig/ip6tables-config"))
@@ -165,9 +166,12 @@ def dockers_rules(examined: Examined) -> Found:
         ]
         for name, kind in places.items()
     }
-    if not any(one.unread for one in examined.rules_read.values()):
-        for one in running:
-            yield from docker.rules_gone(one, asked)
+    if any(one.unread for one in examined.rules_read.values()):
+        return
+    gone = [finding for one in running for finding in docker.rules_gone(one, asked)]
+    # A dockerd that is about to start has none yet.
+    if gone and _shown(examined, _DOCKER_UNIT).get("ActiveState") != "activating":
+        yield from gone
 
 
 def _lease(path: Path, there: tuple[programs.Process, ...]) -> Found:
@@ -238,12 +242,10 @@ def _configuration(examined: Examined) -> Found:
 def _daemon(examined: Examined) -> Found:
     """Whether snatd itself runs, and will after the next boot."""
     word = examined.word
-    shown: dict[str, str] = {}
-    if _SYSTEMD.is_dir():
-        shown = _shown(examined)
-        if os.access(_CHECK_ORDER, os.X_OK):
-            circle = examined.tools.run([_CHECK_ORDER, "units"], examined.deadline)
-            yield from boot.order_cycle(circle)
+    shown = _shown(examined, boot.UNIT)
+    if shown and os.access(_CHECK_ORDER, os.X_OK):
+        circle = examined.tools.run([_CHECK_ORDER, "units"], examined.deadline)
+        yield from boot.order_cycle(circle)
     yield from boot.unit(shown)
     if not word.counts:
         headline = told.document(word, status.SCHEMA)["status"]
@@ -252,20 +254,21 @@ def _daemon(examined: Examined) -> Found:
             yield from boot.not_running(shown, headline, wanted=wanted)
         elif word.life.is_stale:
             yield from boot.not_answering(headline)
+    off = examined.settings.policy.guard is GuardPolicy.OFF
     with suppress(*told.NOT_WHOLE):
         if said := _said(word):
             if fight := said["fights"]["now"]:
-                yield rivals.fighting(fight)
+                yield rivals.fighting(fight, guard_off=off)
             else:
-                yield from _often(said["recent_repairs"])
-            yield from rivals.proved(said["proof"]["wrong"])
+                yield from _often(said["recent_repairs"], guard_off=off)
+            yield from rivals.proved(said["proof"]["wrong"], guard_off=off)
 
 
 # What snatd is told, and what the node's other parts do, is nobody's undoing.
 _OUR_OWN_CAUSES = {"start", "reload", "subnet_file", "link"}
 
 
-def _often(repairs: Sequence[Mapping[str, Any]]) -> Found:
+def _often(repairs: Sequence[Mapping[str, Any]], *, guard_off: bool) -> Found:
     now = datetime.now(UTC)
     by_rivals = [one for one in repairs if _OUR_OWN_CAUSES.isdisjoint(one["trigger"].split(","))]
     ages_s = [(now - datetime.fromisoformat(one["at"])).total_seconds() for one in by_rivals]
@@ -274,7 +277,7 @@ def _often(repairs: Sequence[Mapping[str, Any]]) -> Found:
         for one in by_rivals
         for who in one["writers"]
     ]
-    yield from rivals.often(ages_s, writers)
+    yield from rivals.often(ages_s, writers, guard_off=guard_off)
 
 
 def _said(word: Word) -> dict[str, Any] | None:
@@ -282,8 +285,11 @@ def _said(word: Word) -> dict[str, Any] | None:
     return word.document if word.counts else None
 
 
-def _shown(examined: Examined) -> dict[str, str]:
-    argv = ["systemctl", "show", f"--property={_PROPERTIES}", boot.UNIT]
+def _shown(examined: Examined, unit: str) -> dict[str, str]:
+    """What systemd says of a unit; nothing where there is no systemd."""
+    if not _SYSTEMD.is_dir():
+        return {}
+    argv = ["systemctl", "show", f"--property={_PROPERTIES}", unit]
     said = examined.tools.run(argv, examined.deadline)
     pairs = (line.partition("=") for line in said.splitlines())
     return {key: value for key, _, value in pairs}

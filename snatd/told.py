@@ -4,13 +4,14 @@ exit status. Prints nothing, and asks no clock.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from snatd.core.model import count, join
-from snatd.core.word import Life, Word
+from snatd.core.word import Life, Word, units_in
 from snatd.report import (
     EXIT_DRIFT,
     EXIT_FAILING,
@@ -114,7 +115,7 @@ def _why_not(word: Word) -> tuple[str, ...]:
         Life.GONE: (f"not running: {last}", "it was killed, or it crashed"),
         Life.ABSENT: (
             f"not running: there is no {word.why}",
-            "it was stopped, never started, or fails at each start",
+            "it was stopped or killed, never started, or fails at each start",
         ),
         Life.STARTING: (
             f"no word yet: pid {word.pid} holds the lock",
@@ -187,9 +188,14 @@ def _troubles(said: dict[str, Any]) -> Iterator[_Row]:
     if len(planned) > _PLANNED:
         yield _Row("planned", f"and {len(planned) - _PLANNED} more: `snatd check`")
     if refused:
-        yield _Row("to do", "mend the configuration, then `systemctl reload snatd`")
-    if said["fights"]["now"]:
-        yield _Row("to do", "keep that program from it: `journalctl -x SNATD_EVENT=fighting`")
+        # What keeps it from a file may be its unit.
+        restart = any("systemctl restart snatd" in why for why in refused["why"])
+        then = "systemctl restart snatd" if restart else "systemctl reload snatd"
+        yield _Row("to do", f"mend the configuration{restart * ' as it says'}, then `{then}`")
+    if fight := said["fights"]["now"]:
+        where = [f"systemctl status {shlex.quote(unit)}" for unit in units_in(fight["with"])]
+        looks = join([f"`{one}`" for one in (*where, "journalctl -x SNATD_EVENT=fighting")])
+        yield _Row("to do", f"keep that program from it: {looks}")
     elif said["state"] in _WAYS_OUT:
         yield _Row("to do", _WAYS_OUT[said["state"]])
 

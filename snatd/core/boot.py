@@ -67,7 +67,7 @@ def saved_rules(path: str, edited: Edited, *, kept: bool, trouble: str = "") -> 
     daemon left it alone."""
     remedy: tuple[str, ...] = ("snatd save",)
     if trouble:
-        remedy = ("# mend that, then:", "snatd save")
+        remedy = ("# mend that as it says, then:", "snatd save")
     elif not kept:
         remedy = (
             '# saved_rules = "auto" and mode = "enforce" in snatd.toml, then:',
@@ -114,9 +114,10 @@ def order_cycle(units: str) -> Iterator[Finding]:
             Severity.WARNING,
             "the order of these units is a circle",
             (units.strip(),),
-            "at the next boot systemd leaves one of them out: the saved rules, Docker or snatd",
+            "at the next boot systemd leaves some of them out: the saved rules, Docker or snatd",
             (
-                shlex.join(["systemctl", "cat", *units.split()]),
+                # Of some hundred lines the files and what they say of the order.
+                f"{shlex.join(['systemctl', 'cat', *units.split()])} | grep -E '^(# /|After=)'",
                 "# take out the After= that makes the circle, mostly that of iptables.service or "
                 "netfilter-persistent.service on docker.service, then:",
                 "systemctl daemon-reload",
@@ -150,7 +151,8 @@ def unit(shown: Mapping[str, str]) -> Iterator[Finding]:
             Severity.INFO,
             "systemd had to start the daemon again",
             (f"{UNIT}: NRestarts={shown['NRestarts']}",),
-            "it was killed or ended by itself; rules and guard stayed meanwhile",
+            "it was killed, ended by itself or could not start; rules and guard stay as they are "
+            "meanwhile",
             (f"journalctl -n 50 -u {UNIT}",),
         )
     late = sorted(_RUNTIMES & set(shown.get("After", "").split()))
@@ -240,11 +242,16 @@ def exclude_in_vain(excluded: Iterable[Network], leased: Sequence[Desired]) -> I
 
 def configuration_refused(why: Sequence[str]) -> Finding:
     """`why`: what was wrong with the file when the daemon was told to read it."""
+    restart = any("systemctl restart snatd" in one for one in why)
     return Finding(
         "configuration_refused",
         Severity.WARNING,
         "the daemon runs with an older configuration than the file's",
         tuple(why),
         "it refused the file when it was told to read it again, and has not been told since",
-        ("# mend what was found, then:", "systemctl reload snatd"),
+        (
+            "# mend what was found, then:",
+            # What keeps it from a file may be its unit.
+            "systemctl restart snatd" if restart else "systemctl reload snatd",
+        ),
     )

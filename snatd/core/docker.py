@@ -181,7 +181,7 @@ def bip(docker: Docker, gateway: Interface, wanted: Desired, *, by_cni: bool) ->
         "Docker's bridge is not told the subnet that flannel leased",
         (where, f"subnet.env: {_LEASE[wanted.family]}={gateway}"),
         "containers get addresses that other nodes do not send here"
-        + (" from the next start of dockerd on" if not waits else ""),
+        + (", from the next start of dockerd on at the latest" if not waits else ""),
         (_put(docker, name, f'"{gateway}"'), _then_restart(docker, name, f'"{gateway}"')),
     )
 
@@ -240,7 +240,7 @@ def networks(links: Iterable[Link], wanted: Desired) -> Iterator[Finding]:
             inside = join(wanted.cluster)
             remedy: tuple[str, ...] = (
                 f"docker network inspect {which}",
-                f"docker network rm {which}",
+                f"# if nothing needs it: docker network rm {which}",
                 f'# or "default-address-pools" in {DEFAULT_FILE} outside of {inside}',
             )
             if link.name == DEFAULT_BRIDGE:

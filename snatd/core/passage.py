@@ -152,7 +152,7 @@ def dropped(rules: Rules, legs: Sequence[Leg]) -> Iterator[Finding]:
             f"calls from containers of other nodes to {subnet} are dropped",
             _evidence(inbound.certain),
             f"they come from {join(_others(inbound.certain, subnet))} and are forwarded to "
-            f"{rules.bridge}, and no rule before accepts that",
+            f"{rules.bridge}, and no rule before accepts them and their answers",
             _accept(rules, inbound.certain, from_nodes=True),
         )
     elif inbound.found:

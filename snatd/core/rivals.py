@@ -5,7 +5,6 @@ Pure. What a rule can do is decided in `trace`, what is to be done about it in `
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,11 +15,12 @@ from snatd.core.desired import Desired
 from snatd.core.docker import Docker
 from snatd.core.errors import RuleError
 from snatd.core.finding import Finding, Severity, some
-from snatd.core.model import POSTROUTING, Backend, Family, count
+from snatd.core.model import POSTROUTING, Backend, Family, Network, count
 from snatd.core.packet import Check, Hook, Marked
 from snatd.core.plan import Change, Transaction
 from snatd.core.rules import parse, tokens
 from snatd.core.trace import GUARD_PRIORITY, Answer, Place
+from snatd.core.word import units_in
 from snatd.core.writers import UNKNOWN, by, told, writer
 from snatd.core.xtables import iptables_of
 
@@ -156,7 +156,7 @@ def can_snat(wanted: Desired, answers: Sequence[Answer], *, guard_off: bool) -> 
                 + ("" if certain else " under conditions"),
                 some((told(one) for one in some_answers), _MOST_LINES),
                 "other nodes see another address than the container's",
-                ((_GUARD_IT,) if guard_off else ()) + _remedies(some_answers),
+                ((_GUARD_IT,) if guard_off else ()) + _remedies(wanted, some_answers),
             )
 
 
@@ -170,30 +170,42 @@ def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding
             f"{wanted.subnet}",
             some((told(one) for one in answers), _MOST_LINES),
             "these cannot be narrowed in their place; the guard makes them harmless",
-            _remedies(answers),
+            _remedies(wanted, answers, guarded=True),
         )
 
 
-def _remedies(answers: Iterable[Answer]) -> tuple[str, ...]:
+def _remedies(
+    wanted: Desired, answers: Iterable[Answer], *, guarded: bool = False
+) -> tuple[str, ...]:
     places = [one.place for one in answers if one.place]
-    return some((line for one in places for line in _remedy(one)), _MOST_LINES, "# ")
+    lines = (line for one in places for line in _remedy(wanted, one, guarded=guarded))
+    return some(lines, _MOST_LINES, "# ")
 
 
-def _remedy(place: Place) -> tuple[str, ...]:
-    text = place.step.text
-    who = writer(place.table, place.chain, text)
+def _remedy(wanted: Desired, place: Place, *, guarded: bool) -> tuple[str, ...]:
+    who = writer(place.table, place.chain, place.step.text)
     if who in _AT_ITS_SOURCE:
         return _AT_ITS_SOURCE[who]
     command, name = iptables_of(place.table)
-    if who == UNKNOWN and name == "nat":
+    if guarded:
+        return (f"# nothing, as long as the guard stands: {place}",)
+    if who == UNKNOWN and name == "nat" and not wanted.cut_outs:
         # What iptables could not print, nft did, in its own language.
         with suppress(RuleError):
-            if parse(text).target:
-                return (rule_command(command, "-D", place.chain, text),)
+            if parse(place.step.text).target:
+                # The rule stays for whoever else it is meant.
+                return tuple(_keep_first(command, wanted.subnet, one) for one in wanted.cluster)
     return (f"# whose it is ({who}) has to leave the cluster network out of it: {place}",)
 
 
-def proved(wrong: Sequence[str]) -> Iterator[Finding]:
+def _keep_first(command: str, subnet: Network, network: Network) -> str:
+    """One rule comes of it, however often it is typed."""
+    match = f"{POSTROUTING} -s {subnet} -d {network} -j ACCEPT"
+    to_nat = f"{command} -t nat"
+    return f"{to_nat} -D {match} 2>/dev/null || true; {to_nat} -I {match}"
+
+
+def proved(wrong: Sequence[str], *, guard_off: bool) -> Iterator[Finding]:
     """`wrong`: what the daemon says of its datagrams, which outweighs what rules seem to do."""
     if wrong:
         yield Finding(
@@ -202,7 +214,11 @@ def proved(wrong: Sequence[str]) -> Iterator[Finding]:
             "a datagram of the daemon's did not keep its source",
             some(wrong),
             "so other nodes see another address than the container's",
-            ("snatd verify", "snatd check", "# they send another, and name the rule"),
+            (
+                *((_GUARD_IT,) if guard_off else ()),
+                "snatd check  # names the rules that could; `snatd doctor` says how to end it",
+                "snatd verify  # sends another datagram to each node",
+            ),
         )
 
 
@@ -276,7 +292,7 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
 _OFTEN, _WITHIN_S, _BURST_S = 4, 300.0, 2.5
 
 
-def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:
+def often(ages_s: Sequence[float], writers: Iterable[str], *, guard_off: bool) -> Iterator[Finding]:
     """`ages_s`: of the last repairs of what others wrote, the newest first. Who writes slowly is
     repaired each time, and that is no fight; but he should stop all the same. One restart of a
     service, which writes several times, is no more than that."""
@@ -293,29 +309,33 @@ def often(ages_s: Sequence[float], writers: Iterable[str]) -> Iterator[Finding]:
             f"{recent[0]:.0f} s ago",
             *some(f"{one} wrote before" for one in writers),
         ),
-        "repairs go on; what the guard does not keep is wrong in between",
-        ("snatd status", "# keep that program from it"),
+        f"repairs go on; {_IN_BETWEEN[guard_off]}",
+        (*((_GUARD_IT,) if guard_off else ()), "snatd status", "# keep that program from it"),
     )
 
 
-def fighting(fight: Mapping[str, Any]) -> Finding:
+# By whether the guard is switched off.
+_IN_BETWEEN = {
+    True: "there is no guard, so containers are hidden in between",
+    False: "what the guard does not keep is wrong in between",
+}
+
+
+def fighting(fight: Mapping[str, Any], *, guard_off: bool) -> Finding:
     """`fight`: what the daemon says of it."""
-    units = dict.fromkeys(_UNIT.findall(fight["with"]))
+    units = units_in(fight["with"])
     keep = [f"systemctl status {shlex.quote(one)}  # keep it from that" for one in units]
     if not units or "docker.service" in units:
         keep.append('# for Docker: "ip-masq": false in /etc/docker/daemon.json')
     return Finding(
         "fighting",
-        Severity.WARNING,
+        Severity.ERROR if guard_off else Severity.WARNING,
         "another program undoes each repair of snatd's",
         (f"{fight['with']}: {count(fight['repairs'], 'repair')} since {fight['since']}",),
-        "repairs go on, further apart; what the guard does not keep is wrong in between",
-        ("journalctl -x SNATD_EVENT=fighting", *keep),
+        f"repairs go on, further apart; {_IN_BETWEEN[guard_off]}",
+        (*((_GUARD_IT,) if guard_off else ()), "journalctl -x SNATD_EVENT=fighting", *keep),
     )
 
-
-# As `kernel.events` names who wrote.
-_UNIT = re.compile(r"\) of ([\w@.:\\-]+\.(?:service|scope))")
 
 _EMPTY = ("-F", "-X")
 _BY_MARK = ("KUBE-POSTROUTING", "CNI-HOSTPORT-MASQ", "NETAVARK-HOSTPORT-MASQ")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from snatd.core.desired import Desired
+from snatd.core.docker import DEFAULT_BRIDGE
 from snatd.core.finding import Finding, Severity
 from snatd.core.model import Address, Family, FamilyLease, Hold, Interface, Link, count, join
 from snatd.core.networks import contains
@@ -49,9 +50,10 @@ _STRICT = 1
 
 def set_to(key: str, value: object) -> tuple[str, str]:
     """The commands that set a sysctl, now and at each boot."""
+    line = shlex.quote(f"{key} = {value}")
     return (
         shlex.join(["sysctl", "-w", f"{key}={value}"]),
-        f"echo {shlex.quote(f'{key} = {value}')} >> {SYSCTL_FILE}",
+        f"grep -qsxF {line} {SYSCTL_FILE} || echo {line} >> {SYSCTL_FILE}",
     )
 
 
@@ -94,7 +96,7 @@ def forwarding(
         )
 
 
-_USUAL_BRIDGES = ("docker0", "cni0")
+_USUAL_BRIDGES = (DEFAULT_BRIDGE, "cni0")
 
 
 def bridge(
@@ -159,7 +161,8 @@ def bridge(
         return
     name = wrong[0]
     off = [key for key, value in switched_off.items() if f"/{name}/" in key and value == "1"]
-    yield _elsewhere(gateway, name, instead[name], off, busy=name in busy)
+    by_docker = name == DEFAULT_BRIDGE and bool(dockerds)
+    yield _elsewhere(gateway, name, instead[name], off, busy=name in busy, by_docker=by_docker)
 
 
 def _no_bridge(gateway: Interface, dockerds: Sequence[int], idle: str | None) -> Finding:
@@ -173,7 +176,8 @@ def _no_bridge(gateway: Interface, dockerds: Sequence[int], idle: str | None) ->
         says = f"no device carries {gateway} yet"
         stopped = (f"{idle} is installed, and does not run",) if idle else ()
         remedy = ("# if Docker makes it: systemctl start docker",) if idle else (nothing,)
-        return Finding("no_bridge", Severity.INFO, says, (said, *stopped), why, remedy)
+        severity = Severity.WARNING if idle else Severity.INFO
+        return Finding("no_bridge", severity, says, (said, *stopped), why, remedy)
     run = [f"dockerd (pid {one}) runs, which makes docker0 when it starts" for one in dockerds]
     return Finding(
         "no_bridge",
@@ -186,10 +190,16 @@ def _no_bridge(gateway: Interface, dockerds: Sequence[int], idle: str | None) ->
 
 
 def _elsewhere(
-    gateway: Interface, name: str, carried: Sequence[Interface], off: Sequence[str], *, busy: bool
+    gateway: Interface,
+    name: str,
+    carried: Sequence[Interface],
+    off: Sequence[str],
+    *,
+    busy: bool,
+    by_docker: bool,
 ) -> Finding:
     """`carried`: what the device has instead; `off`: the sysctls that keep the family from it;
-    `busy`: it has containers."""
+    `busy`: it has containers; `by_docker`: a dockerd that runs gives them their addresses."""
     said = join(carried) if carried else f"no address of IPv{gateway.version}"
     cut_off = bool(carried) or gateway.version == 4
     why = "its containers get no address of the family that flannel leased"
@@ -205,21 +215,27 @@ def _elsewhere(
         why,
         (
             *(command for key in off for command in set_to(key, 0)),
-            *(f"ip addr del {one} dev {shlex.quote(name)}" for one in carried),
-            f"ip addr add {gateway} dev {shlex.quote(name)}",
-            *_lasting_address(name, gateway),
+            *_address(name, gateway, carried, by_docker=by_docker),
         ),
     )
 
 
-def _lasting_address(name: str, gateway: Interface) -> tuple[str, ...]:
+def _address(
+    name: str, gateway: Interface, carried: Sequence[Interface], *, by_docker: bool
+) -> tuple[str, ...]:
     key = "bip" if gateway.version == 4 else "bip6"
-    if name == "docker0":
-        return (
-            f'# to last: "{key}": "{gateway}" in /etc/docker/daemon.json, systemctl restart docker',
-            "# containers with another address have to be made anew",
-        )
-    return ("# containers with another address have to be made anew",)
+    told = f'"{key}": "{gateway}" in /etc/docker/daemon.json, systemctl restart docker'
+    anew = "# containers with another address have to be made anew"
+    if by_docker and carried:
+        # An address moved under a dockerd: it goes on with the old subnet, and with its gateway,
+        # which nobody has then (20.10).
+        return (f"# {told}", anew)
+    device = shlex.quote(name)
+    commands = (
+        f"ip addr replace {gateway} dev {device}",
+        *(f"ip addr del {one} dev {device}" for one in carried),
+    )
+    return (*commands, *((f"# to last: {told}",) if name == DEFAULT_BRIDGE else ()), anew)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing is read here, and no clock is asked.
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,3 +74,9 @@ def judge(process: Process, silent_s: float | None, longest_s: float) -> Life:
     if process is Process.RUNS:
         return Life.SILENT if late else Life.ANSWERS
     return Life.UNSEEN_SILENT if late else Life.UNSEEN
+
+
+def units_in(writers: str) -> tuple[str, ...]:
+    """The units among writers, as `kernel.events` names them."""
+    found = re.findall(r"\) of ([\w@.:\\-]+\.(?:service|scope))", writers)
+    return tuple(dict.fromkeys(found))

@@ -89,12 +89,20 @@ def decline(pid: str) -> bool:
     """Tells the `apply --confirm` that is this process no, and that it shall put everything back
     at once; False where the process is something else."""
     try:
-        if b"--confirm" not in Path(f"/proc/{int(pid)}/cmdline").read_bytes():
-            return False
-        os.kill(int(pid), signal.SIGTERM)
+        if waits(pid):
+            os.kill(int(pid), signal.SIGTERM)
+            return True
+    except OSError:
+        pass
+    return False
+
+
+def waits(pid: str) -> bool:
+    """Whether this process is an `apply --confirm`."""
+    try:
+        return b"--confirm" in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _key() -> bool:

@@ -19,6 +19,7 @@ from snatd.host.instance import holder
 SCHEMA = 2
 _LARGEST_BYTES = 16 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def path_in(runtime_dir: Path) -> Path:
@@ -91,7 +92,7 @@ class StatusFile:
             return Word(Life.UNREADABLE, why=f"{self.path}: {error.strerror}")
         if isinstance(self._found, str):
             return Word(Life.UNREADABLE, why=f"{self.path}: {self._found}")
-        word = _word(self._found)
+        word = _word(self._found, is_of_this_boot=_is_in_memory(self.path))
         return self._nobodys(word) if word.life is Life.GONE else word
 
     def _read(self) -> None:
@@ -126,7 +127,21 @@ def _document(path: Path) -> dict[str, Any] | str:
     return document
 
 
-def _word(document: dict[str, Any]) -> Word:
+def _is_in_memory(path: Path) -> bool:
+    """Whether no boot leaves the file behind."""
+    try:
+        device = path.stat().st_dev
+        mounts = _MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(
+        one.split(" ", 3)[2] == number and one.partition(" - ")[2].startswith("tmpfs ")
+        for one in mounts
+    )
+
+
+def _word(document: dict[str, Any], *, is_of_this_boot: bool) -> Word:
     pid, here = document["pid"], _here()
     process = Process.UNSEEN
     if here["pid_namespace"] is not None and here["pid_namespace"] == document.get("pid_namespace"):
@@ -138,27 +153,26 @@ def _word(document: dict[str, Any]) -> Word:
         life = Life.GONE if process is Process.GONE else Life.UNREADABLE
         return Word(life, pid=pid, why=f"{why}: snatd was updated and not restarted, or put back")
     try:
-        silent_s, age_s = _silence_and_age(document, process, here)
+        # A container has a boot id of its own, and its units see the kernel's (systemd-nspawn 252).
+        # Whose process is seen is on our kernel, and so is what lies in memory.
+        same_boot = here["boot_id"] is not None and here["boot_id"] == document["boot_id"]
+        same_boot |= is_of_this_boot or process in (Process.RUNS, Process.STOPPED)
+        same_clocks = same_boot and here["time_namespace"] == document["time_namespace"]
+        silent_s, age_s = _silence_and_age(document) if same_clocks else (None, None)
         life = judge(process, silent_s, document["longest_silence_s"])
     except (KeyError, TypeError):
         return Word(Life.UNREADABLE, pid=pid, why="not a whole status file of snatd's")
     return Word(life, document, age_s, pid)
 
 
-def _silence_and_age(
-    document: dict[str, Any], process: Process, here: dict[str, str | None]
-) -> tuple[float | None, float | None]:
-    """How long the daemon could have said something else, and how long ago it spoke; None where
-    its clock is not ours. Raises KeyError, TypeError."""
+def _silence_and_age(document: dict[str, Any]) -> tuple[float, float]:
+    """How long the daemon could have said something else, and how long ago it spoke. Raises
+    KeyError, TypeError."""
     clocks = _clocks()
-    silent_s = clocks["written_monotonic_s"] - document["written_monotonic_s"]
-    age_s = clocks["written_boottime_s"] - document["written_boottime_s"]
-    same_boot = here["boot_id"] is not None and here["boot_id"] == document["boot_id"]
-    # A container may be given a boot id of its own; whose process is seen is on our kernel.
-    same_boot = same_boot or process in (Process.RUNS, Process.STOPPED)
-    if not same_boot or here["time_namespace"] != document["time_namespace"]:
-        return None, None
-    return silent_s, age_s
+    return (
+        clocks["written_monotonic_s"] - document["written_monotonic_s"],
+        clocks["written_boottime_s"] - document["written_boottime_s"],
+    )
 
 
 def _look_at(pid: int, started_ticks: int) -> Process:

@@ -239,6 +239,11 @@ def test_a_confirmed_apply_stays(node: Node, snatd: Snatd) -> None:
     add(node, "-A", "POSTROUTING", *node.broad_rule)
     assert snatd.command("confirm").returncode == 1, "nothing waits yet"
     process = _applying(snatd, 30)
+    until(node.host.path("/run/snatd/confirm.sock").exists, "something to confirm")
+    refused = snatd.command("run")
+    assert refused.returncode == 1
+    assert f"snatd is already running as pid {process.pid} (" in refused.stderr
+    assert "): it is an `apply --confirm` that waits: `snatd confirm`, or" in refused.stderr
     until(lambda: snatd.command("confirm").returncode == 0, "something to confirm")
     assert process.wait(10) == 0
     assert rules(node) == [NARROW]

@@ -174,6 +174,7 @@ def test_forwarding_off(nft_lab: Lab, node: Node, snatd: Snatd) -> None:
     one = only(snatd, "forwarding_off")
     assert one["evidence"] == ["net.ipv4.ip_forward = 0"]
     mend(node, one)
+    mend(node, one)
     assert connected(nft_lab)
     assert found(snatd, 0) == {}
     assert node.host.run("cat", "/etc/sysctl.d/90-containers.conf") == "net.ipv4.ip_forward = 1\n"
@@ -254,6 +255,17 @@ def test_the_bridge_has_another_address(
         assert found(snatd, 0) == {}
 
 
+def test_dockers_bridge_is_dockers_to_move(node: Node, snatd: Snatd) -> None:
+    """It would go on with the old subnet, and containers with a gateway that nobody has."""
+    node.host.shell("ip addr del 172.7.21.1/24 dev docker0; ip addr add 172.17.0.1/16 dev docker0")
+    node.host.program("dockerd")
+    one = found(snatd)["bridge_elsewhere"]
+    assert one["remedy"] == [
+        '# "bip": "172.7.21.1/24" in /etc/docker/daemon.json, systemctl restart docker',
+        "# containers with another address have to be made anew",
+    ]
+
+
 def test_the_bridge_has_the_address_with_another_length(
     nft_lab: Lab, node: Node, snatd: Snatd
 ) -> None:
@@ -294,7 +306,7 @@ def test_no_bridge_since_docker_was_stopped(node: Node, snatd: Snatd, tmp_path: 
     shutil.copytree(there, commands, symlinks=True)
     (commands / "dockerd").touch(mode=0o755)
     node.host.use_iptables(commands)
-    one = only(snatd, "no_bridge", "info")
+    one = only(snatd, "no_bridge", "warning")
     assert one["evidence"][1] == f"{commands}/dockerd is installed, and does not run"
     assert one["remedy"] == ["# if Docker makes it: systemctl start docker"]
     node.host.program("dockerd")

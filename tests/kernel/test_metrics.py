@@ -352,6 +352,9 @@ def test_a_reload_refuses_such_a_path_and_moves_to_a_good_one(nft_lab: Lab, tmp_
         (refused,) = snatd.wait_for("configuration_refused")
         assert "`ReadWritePaths=/run/missing`" in refused["why"][0]
         snatd.wait_for_notification("new configuration refused at ")
+        to_do = "mend the configuration as it says, then `systemctl restart snatd`"
+        until(lambda: to_do in snatd.command("status").stdout, "what is to be done")
+        assert '"systemctl restart snatd"' in snatd.command("doctor", "--json").stdout
         passes = metric(node, "pass_seconds_count")
         until(lambda: metric(node, "pass_seconds_count") > passes, "the old file, written on")
         node.host.path("/run/missing").mkdir()

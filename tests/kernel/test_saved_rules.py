@@ -168,7 +168,10 @@ def test_revert_leaves_a_backup_that_differs_and_names_it(v4: Path, snatd: Snatd
     v4.write_text(OLD.replace("-j MASQUERADE", "--jump MASQUERADE"))
     assert snatd.command("save").returncode == 0
     backup = "/etc/iptables/rules.v4.snatd-backup"
-    assert f"{backup} stays: the file as it was before snatd\n" in snatd.command("revert").stdout
+    assert (
+        f"{backup} stays: the file as it was before snatd edited it\n"
+        in snatd.command("revert").stdout
+    )
     assert snatd.json("revert")["backups"] == [backup]
     assert v4.read_text() == OLD
     assert "--jump" in v4.with_name("rules.v4.snatd-backup").read_text()

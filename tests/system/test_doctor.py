@@ -92,3 +92,22 @@ def test_the_order_of_units(node: Node) -> None:
     assert there["starts_late"]["evidence"] == ["snatd.service: After=docker.service"]
     machine.shell(there["starts_late"]["remedy"][1])
     assert found(machine) == {}
+
+
+def test_a_dockerd_that_is_about_to_start_has_no_rules_yet(node: Node) -> None:
+    machine = node.machine
+    node.wait_for_status("in sync")
+    machine.run("cp", "/bin/sleep", "/usr/local/bin/dockerd")
+    docker = machine.path("/etc/systemd/system/docker.service")
+
+    def started(kind: str) -> str:
+        docker.write_text(f"[Service]\nType={kind}\nExecStart=/usr/local/bin/dockerd infinity\n")
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", "--no-block", "docker")
+        until(lambda: machine.show("docker", "MainPID") != "0", "its start")
+        return machine.show("docker", "ActiveState")
+
+    assert started("notify") == "activating"
+    assert "docker_rules_gone" not in found(machine)
+    assert started("simple") == "active"
+    assert "docker_rules_gone" in found(machine)

@@ -146,7 +146,10 @@ def test_the_backups_of_saved_rules_go_with_it(fedora: Node, rpms: Rpms) -> None
     up(fedora)
     until(backup.exists, "the backup", 30)
     said = rpm(machine, "-e", "snatd")
-    assert "iptables.snatd-backup goes with the package: the file as it was before snatd\n" in said
+    assert (
+        "iptables.snatd-backup goes with the package: the file as it was before snatd edited it\n"
+        in said
+    )
     assert "stays: the file" not in said
     assert BROAD in machine.path("/etc/sysconfig/iptables").read_text()
     assert not backup.exists()

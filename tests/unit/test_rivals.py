@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from dataclasses import replace
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from snatd.core import boot, docker, programs, rivals
+from snatd.core.desired import CutOut
 from snatd.core.docker import Docker
 from snatd.core.finding import Finding, Severity, some
 from snatd.core.flannel_rules import early_rules, flannel_rules
@@ -262,46 +263,52 @@ def test_remedies_know_the_writer() -> None:
     )
     (found,) = rivals.only_guarded(WANTED, answers(*hooks))
     assert "# put the cluster network into its list nonMasqueradeCIDRs" in found.remedy
-    assert "iptables-legacy -t nat -D POSTROUTING -o eth0 -j MASQUERADE" in found.remedy
+    assert found.remedy[1].startswith("# nothing, as long as the guard stands: legacy ip nat POST")
     assert found.severity is Severity.INFO
     hides = answers(xtables_hook("-j MASQUERADE"))
     certain = one(rivals.can_snat(WANTED, hides, guard_off=False))
     assert certain.severity is Severity.ERROR
-    delete = "iptables-nft -t nat -D POSTROUTING -j MASQUERADE"
-    assert certain.remedy == (delete,)
+    keep = "POSTROUTING -s 172.7.21.0/24 -d 172.7.0.0/16 -j ACCEPT"
+    mended = f"iptables-nft -t nat -D {keep} 2>/dev/null || true; iptables-nft -t nat -I {keep}"
+    assert certain.remedy == (mended,)
     first, second = one(rivals.can_snat(WANTED, hides, guard_off=True)).remedy
     assert first.startswith('# guard = "auto" in snatd.toml')
-    assert second == delete
+    assert second == mended
+    # Part of the network has to be masqueraded as before.
+    cut = CutOut(ip_network("172.7.99.0/24"), "it is on eth1")
+    (line,) = one(rivals.can_snat(replace(WANTED, cut_outs=(cut,)), hides, guard_off=False)).remedy
+    assert line.startswith("# whose it is")
 
 
 def test_repairs_that_come_too_often() -> None:
     ages_s = [2.0, 5.0, 8.0, 11.0, 300.0]
-    found = one(rivals.often(ages_s, ["iptables of rival.service", "iptables of rival.service"]))
+    names = ["iptables of rival.service", "iptables of rival.service"]
+    found = one(rivals.often(ages_s, names, guard_off=False))
     assert (found.name, found.severity) == ("repaired_often", Severity.WARNING)
     assert found.evidence == (
         "5 repairs in 298 s, the last 2 s ago",
         "iptables of rival.service wrote before",
     )
-    assert list(rivals.often([*ages_s[:-1], 301.0], ()))
-    assert not list(rivals.often(ages_s[1:-1], ()))
+    assert list(rivals.often([*ages_s[:-1], 301.0], (), guard_off=False))
+    assert not list(rivals.often(ages_s[1:-1], (), guard_off=False))
     # A service that writes several times as it starts, and somebody's flush.
-    assert not list(rivals.often([2.0, 60.0, 60.3, 60.9, 62.0], ()))
-    assert not list(rivals.often((), ()))
+    assert not list(rivals.often([2.0, 60.0, 60.3, 60.9, 62.0], (), guard_off=False))
+    assert not list(rivals.often((), (), guard_off=False))
 
 
 def test_who_is_fought_with_is_what_the_remedy_is_about() -> None:
     fight = {"with": "nft (pid 25) of rival.service, iptables (pid 43)", "repairs": 9, "since": "x"}
-    assert rivals.fighting(fight).remedy == (
+    assert rivals.fighting(fight, guard_off=False).remedy == (
         "journalctl -x SNATD_EVENT=fighting",
         "systemctl status rival.service  # keep it from that",
     )
     for known in ("iptables (pid 43)", "iptables (pid 43) of docker.service"):
-        assert "ip-masq" in rivals.fighting(fight | {"with": known}).remedy[-1]
+        assert "ip-masq" in rivals.fighting(fight | {"with": known}, guard_off=False).remedy[-1]
 
 
 def test_a_datagram_outweighs_the_rules() -> None:
-    assert not list(rivals.proved([]))
-    found = one(rivals.proved(["172.7.22.1 sees 10.4.7.21"]))
+    assert not list(rivals.proved([], guard_off=False))
+    found = one(rivals.proved(["172.7.22.1 sees 10.4.7.21"], guard_off=True))
     assert (found.name, found.severity) == ("not_kept", Severity.ERROR)
     assert found.evidence == ("172.7.22.1 sees 10.4.7.21",)
 
@@ -601,7 +608,8 @@ def test_a_daemon_that_does_not_run(
 def test_a_circle_of_units() -> None:
     assert not list(boot.order_cycle("\n"))
     found = one(boot.order_cycle("snatd.service iptables.service $(reboot).service\n"))
-    assert found.remedy[0] == ("systemctl cat snatd.service iptables.service '$(reboot).service'")
+    units = "snatd.service iptables.service '$(reboot).service'"
+    assert found.remedy[0] == f"systemctl cat {units} | grep -E '^(# /|After=)'"
 
 
 def test_both_backends_only_if_others_use_both() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from snatd.core.word import Life, Word
+from snatd.host import status
 from snatd.host.instance import Instance
 from snatd.host.status import SCHEMA, StatusFile, path_in, write
 from tests.lab.netns import until
@@ -33,6 +34,15 @@ def stored(directory: Path) -> dict[str, Any]:
 def changed(directory: Path, **changes: object) -> Word:
     path_in(directory).write_text(json.dumps(stored(directory) | changes))
     return found(directory)
+
+
+@pytest.fixture(autouse=True)
+def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing lies in memory, wherever this machine has its temporary files."""
+    path = tmp_path / "mountinfo"
+    path.write_text("")
+    monkeypatch.setattr(status, "_MOUNTS", path)
+    return path
 
 
 @pytest.fixture
@@ -150,6 +160,21 @@ def test_under_other_clocks_and_unseen_nothing_can_be_told(said: Path) -> None:
 def test_a_container_with_a_boot_id_of_its_own(said: Path) -> None:
     assert changed(said, boot_id="another").life is Life.ANSWERS, "the process is seen"
     assert changed(said, pid=NOBODY).life is Life.GONE, "as after a boot"
+
+
+def test_what_lies_in_memory_is_of_this_boot(said: Path, mounts: Path) -> None:
+    """In systemd-nspawn a unit sees another boot id than the shell from which status is asked."""
+    device = said.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    line = "31 23 {} / /run rw,nosuid shared:9 - {} tmpfs rw,size=800000k\n"
+    dead = {"boot_id": "another", "pid": NOBODY}
+    mounts.write_text(line.format("0:0", "tmpfs") + line.format(number, "ext4"))
+    assert changed(said, **dead).age_s is None
+    mounts.write_text(line.format("0:0", "ext4") + line.format(number, "tmpfs"))
+    word = changed(said, **dead)
+    assert word.life is Life.GONE
+    assert word.age_s is not None
+    assert 0 <= word.age_s < 60
 
 
 def test_a_daemon_that_has_not_spoken_yet(said: Path) -> None:
