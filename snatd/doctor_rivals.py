@@ -99,7 +99,7 @@ def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, .
         *(where for one in examined.view.plan for where in rivals.replaced(one)),
     }
     off = settings.policy.guard is GuardPolicy.OFF
-    yield from rivals.can_snat(wanted, _others(found.rules, known), guard_off=off)
+    yield from rivals.can_snat(wanted, _others(found.rules, known), settings.marks, guard_off=off)
     if _is_guarded(examined, wanted.family):
         yield from rivals.before_guard(found.earlier)
         would = rewriters(without_guard(hooks), found.packets)

@@ -15,7 +15,7 @@ from snatd.core.desired import Desired
 from snatd.core.docker import Docker
 from snatd.core.errors import RuleError
 from snatd.core.finding import Finding, Severity, some
-from snatd.core.model import POSTROUTING, Backend, Family, Network, count
+from snatd.core.model import POSTROUTING, Backend, Family, count
 from snatd.core.packet import Check, Hook, Marked
 from snatd.core.plan import Change, Transaction
 from snatd.core.rules import parse, tokens
@@ -143,9 +143,11 @@ def _broad(
     )
 
 
-def can_snat(wanted: Desired, answers: Sequence[Answer], *, guard_off: bool) -> Iterator[Finding]:
-    """The rules that can SNAT cluster traffic; those for certain are graver. `guard_off`: by
-    configuration."""
+def can_snat(
+    wanted: Desired, answers: Sequence[Answer], marks: int, *, guard_off: bool
+) -> Iterator[Finding]:
+    """The rules that can SNAT cluster traffic; those for certain are graver. `marks`: the bits by
+    which masquerade is asked for. `guard_off`: by configuration."""
     for certain in (True, False):
         some_answers = [one for one in answers if certain == (not one.why)]
         if some_answers:
@@ -156,7 +158,7 @@ def can_snat(wanted: Desired, answers: Sequence[Answer], *, guard_off: bool) -> 
                 + ("" if certain else " under conditions"),
                 some((told(one) for one in some_answers), _MOST_LINES),
                 "other nodes see another address than the container's",
-                ((_GUARD_IT,) if guard_off else ()) + _remedies(wanted, some_answers),
+                ((_GUARD_IT,) if guard_off else ()) + _remedies(some_answers, wanted, marks),
             )
 
 
@@ -170,39 +172,49 @@ def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding
             f"{wanted.subnet}",
             some((told(one) for one in answers), _MOST_LINES),
             "these cannot be narrowed in their place; the guard makes them harmless",
-            _remedies(wanted, answers, guarded=True),
+            _remedies(answers),
         )
 
 
 def _remedies(
-    wanted: Desired, answers: Iterable[Answer], *, guarded: bool = False
+    answers: Iterable[Answer], wanted: Desired | None = None, marks: int = 0
 ) -> tuple[str, ...]:
+    """`wanted`: None where a guard keeps it all the same."""
     places = [one.place for one in answers if one.place]
-    lines = (line for one in places for line in _remedy(wanted, one, guarded=guarded))
+    lines = (line for one in places for line in _remedy(one, wanted, marks))
     return some(lines, _MOST_LINES, "# ")
 
 
-def _remedy(wanted: Desired, place: Place, *, guarded: bool) -> tuple[str, ...]:
+def _remedy(place: Place, wanted: Desired | None, marks: int) -> tuple[str, ...]:
     who = writer(place.table, place.chain, place.step.text)
     if who in _AT_ITS_SOURCE:
         return _AT_ITS_SOURCE[who]
-    command, name = iptables_of(place.table)
-    if guarded:
+    if wanted is None:
         return (f"# nothing, as long as the guard stands: {place}",)
-    if who == UNKNOWN and name == "nat" and not wanted.cut_outs:
+    command, name = iptables_of(place.table)
+    if who == UNKNOWN and name == "nat":
         # What iptables could not print, nft did, in its own language.
         with suppress(RuleError):
-            if parse(place.step.text).target:
-                # The rule stays for whoever else it is meant.
-                return tuple(_keep_first(command, wanted.subnet, one) for one in wanted.cluster)
+            if parse(place.step.text).target and (keep := _keep_first(command, wanted, marks)):
+                return keep
     return (f"# whose it is ({who}) has to leave the cluster network out of it: {place}",)
 
 
-def _keep_first(command: str, subnet: Network, network: Network) -> str:
-    """One rule comes of it, however often it is typed."""
-    match = f"{POSTROUTING} -s {subnet} -d {network} -j ACCEPT"
-    to_nat = f"{command} -t nat"
-    return f"{to_nat} -D {match} 2>/dev/null || true; {to_nat} -I {match}"
+def _keep_first(command: str, wanted: Desired, marks: int) -> tuple[str, ...]:
+    """What the guard does, before the rule, which stays for whoever else it is meant. One rule
+    comes of each command, however often it is typed. Empty where it takes more than one: cut-outs
+    stay masqueraded, as do what the node sends to itself by its bridge and what has a mark."""
+    if wanted.cut_outs or not isinstance(wanted.bridge, str):
+        return ()
+    nat = [command, "-t", "nat"]
+    unmarked = ["-m", "mark", "--mark", f"0x0/{marks:#x}"] if marks else []
+    commands = []
+    for network in wanted.cluster:
+        match = ["-s", str(wanted.subnet), "-d", str(network), "!", "-o", wanted.bridge, *unmarked]
+        rule = [POSTROUTING, *match, "-j", "ACCEPT"]
+        delete, insert = (shlex.join([*nat, how, *rule]) for how in ("-D", "-I"))
+        commands.append(f"{delete} 2>/dev/null || true; {insert}")
+    return tuple(commands)
 
 
 def proved(wrong: Sequence[str], *, guard_off: bool) -> Iterator[Finding]:

@@ -88,13 +88,13 @@ def confirm(runtime_dir: Path) -> bool:
 def decline(pid: str) -> bool:
     """Tells the `apply --confirm` that is this process no, and that it shall put everything back
     at once; False where the process is something else."""
+    if not waits(pid):
+        return False
     try:
-        if waits(pid):
-            os.kill(int(pid), signal.SIGTERM)
-            return True
+        os.kill(int(pid), signal.SIGTERM)
     except OSError:
-        pass
-    return False
+        return False
+    return True
 
 
 def waits(pid: str) -> bool:

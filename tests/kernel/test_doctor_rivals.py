@@ -243,11 +243,12 @@ def test_rules_that_hide_where_there_is_no_guard(node: Node, snatd: Snatd, nft_l
     for _ in range(2):
         heal(node, one)
     assert not node.host.path("/run/owned").exists()
-    kept = "-s 172.7.21.0/24 -d 172.7.0.0/16 -j ACCEPT"
+    unmarked = "-m mark --mark 0x0/0x6000"
+    kept = f"-s 172.7.21.0/24 -d 172.7.0.0/16 ! -o docker0 {unmarked} -j ACCEPT"
     assert rules(node)[:2] == [kept, NARROW]
     assert len(rules(node)) == 3
     assert seen_by(node.container, nft_lab.nodes[1].container_address) == node.container_address
-    silent(snatd)
+    only_on_the_bridge(snatd)
     node.host.shell("iptables -t nat -D POSTROUTING 1; iptables -t nat -D POSTROUTING 2")
     silent(snatd)
     add(node, "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
@@ -268,7 +269,13 @@ def test_the_same_on_legacy(lab: Lab, tmp_path: Path, backend: str) -> None:
         assert guard.startswith('# guard = "auto" in snatd.toml')
         assert keep.startswith(f"iptables-{backend} -t nat -D POSTROUTING -s 172.7.21.0/24 ")
         heal(node, one)
-        silent(snatd)
+        only_on_the_bridge(snatd)
+
+
+def only_on_the_bridge(snatd: Snatd) -> None:
+    """What a rule without any match does there is not cluster traffic, and told apart from it."""
+    done = snatd.command("doctor", "--json")
+    assert [one["name"] for one in json.loads(done.stdout)["findings"]] == ["bridge_snat"]
 
 
 def test_rules_that_only_the_guard_makes_harmless(node: Node, snatd: Snatd) -> None:
