@@ -175,7 +175,10 @@ class Daemon:
 
     def _turn(self) -> None:
         now_s = time.monotonic()
-        waits = [self._schedule.due_s(now_s), self._poll.due_s]
+        waits = [self._schedule.due_s(now_s)]
+        # Where a pass is asked for already, a difference would be no news.
+        if not self._schedule.asked:
+            waits.append(self._poll.due_s)
         if self._notifier.watchdog_s is not None:
             waits.append(now_s + self._notifier.watchdog_s / 4)
         if (evidence_s := self._evidence.waits_until_s()) is not None:
@@ -186,7 +189,7 @@ class Daemon:
             waits.append(self._metrics.due_s)
         news = [key.data() for key, _ in self._selector.select(max(0.0, min(waits) - now_s))]
         now_s = time.monotonic()
-        if now_s >= self._poll.due_s:
+        if now_s >= self._poll.due_s and not self._schedule.asked:
             for event in self._poll.events(now_s):
                 self._heard(event)
         if not self._stopping and now_s >= self._schedule.due_s(now_s):
@@ -311,6 +314,9 @@ class Daemon:
             failed=bool(done.view.problems),
             jitter=random.random(),
         )
+        if was_fighting and not self._schedule.fighting:
+            self._rearm()
+            self._heard(Event("watch_started"))
         if self._triggers:  # heard during the pass, perhaps after its last look
             self._schedule = self._schedule.event()
         if any(one.backend is Backend.LEGACY for one in done.applied):
@@ -382,7 +388,10 @@ class Daemon:
 
     def _rearm(self) -> None:
         if self._watch is not None:
-            self._watched("; ".join(self._watch.rearm()))
+            # In a fight the passes come unasked, and each of the rival's writes would only wake up
+            # four threads: half of what a fight on legacy costs.
+            resting = (lock.PATH,) if self._schedule.fighting else ()
+            self._watched("; ".join(self._watch.rearm(resting)))
         elif self._facts.passes:  # it was tried before, and could not be had
             self._open_watch()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +77,9 @@ class FileWatch:
         except RuntimeError as error:
             raise OSError(errno.EAGAIN, str(error)) from None
 
-    def rearm(self) -> tuple[str, ...]:
-        """Puts each watch where its file is now; returns what could not be watched, and why.
+    def rearm(self, resting: Collection[Path] = ()) -> tuple[str, ...]:
+        """Puts each watch where its file is now, and takes off those of `resting`; returns what
+        could not be watched, and why.
 
         watchdog does not notice that a watched directory was removed and made again: its emitter
         dies and the observer stays "alive". So the directory's identity is compared instead.
@@ -86,7 +87,10 @@ class FileWatch:
         problems = []
         for path, handler in self._targets.items():
             try:
-                self._rearm(path, handler)
+                if path in resting:
+                    self._disarm(path, handler)
+                else:
+                    self._rearm(path, handler)
             except (OSError, RuntimeError) as error:
                 why = getattr(error, "strerror", None) or error
                 problems.append(f"{path} cannot be watched: {why}")
@@ -101,13 +105,16 @@ class FileWatch:
         armed = self._armed.get(path)
         if armed and (armed.directory, armed.identity) == (directory, identity):
             return
+        self._disarm(path, handler)
+        watch = self._observer.schedule(handler, str(directory), recursive=False)
+        self._armed[path] = _Armed(watch, directory, identity)
+
+    def _disarm(self, path: Path, handler: _Handler) -> None:
+        armed = self._armed.pop(path, None)
         if armed:
-            del self._armed[path]
             self._observer.remove_handler_for_watch(handler, armed.watch)
             if not any(other.watch == armed.watch for other in self._armed.values()):
                 self._observer.unschedule(armed.watch)
-        watch = self._observer.schedule(handler, str(directory), recursive=False)
-        self._armed[path] = _Armed(watch, directory, identity)
 
     def stop(self) -> None:
         """Ends the threads; waits for them at most a second, they are daemons."""

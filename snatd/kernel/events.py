@@ -289,6 +289,7 @@ class LegacyPoll:
     share = 0.002
 
     def __init__(self) -> None:
+        self._tables = {family: peek.Peek(family) for family in Family}
         self._digests: dict[Family, int] = {}
         self.period_s = self.shortest_s
         self.due_s = math.inf
@@ -306,7 +307,7 @@ class LegacyPoll:
 
     def _look(self) -> dict[Family, int]:
         started_s = time.thread_time()
-        digests = {family: peek.digest(family) for family in Family}
+        digests = {family: table.digest() for family, table in self._tables.items()}
         cost_s = time.thread_time() - started_s
         shortest_s = self.shortest_s if any(digests.values()) else self.unused_s
         self.period_s = max(shortest_s, cost_s / self.share)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.conftest import Measured, Start
 from tests.faults.test_rules import settled, write
-from tests.faults.watching import longest_silence_s, most_children
+from tests.faults.watching import heard, longest_silence_s, most_children
 from tests.kernel.test_packets import NARROW, add, promises_hold, rules
 from tests.lab.netns import until
 from tests.lab.network import Lab, Node
@@ -82,11 +82,6 @@ def test_fault_08_a_lock_held_for_ever(
     until(lambda: legacy_rules(node) == [NARROW, FOREIGN], "the repair once it is free", 40)
     until(lambda: snatd.status()["in_sync"], "in sync")
     assert snatd.process.poll() is None
-
-
-def heard(snatd: Snatd) -> int:
-    """How often something was heard of the lock's file, up to the last look."""
-    return int(snatd.status()["events"].get("xtables_lock", 0))
 
 
 @pytest.mark.parametrize("again", [True, False])

@@ -89,3 +89,8 @@ def longest_silence_s(snatd: Snatd, for_s: float) -> float:
         snatd.wait_for_notification("WATCHDOG=1", within_s=60)
         silences.append(time.monotonic() - began_s)
     return max(silences)
+
+
+def heard(snatd: Snatd) -> int:
+    """How often something was heard of the lock's file, up to the last look."""
+    return int(snatd.status()["events"].get("xtables_lock", 0))
