@@ -385,7 +385,8 @@ def _broad_reason(wanted: Desired) -> Reason:
 
 
 def _stale_reason(wanted: Desired) -> Reason:
-    why = f"it is ours, but not for {wanted.subnet} inside {wanted.inside}, or there twice"
+    now = f"{wanted.subnet} inside {wanted.inside}"
+    why = f"it is ours, but there twice, or not what lease and configuration now want for {now}"
     return Reason(Change.STALE, why)
 
 

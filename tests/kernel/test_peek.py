@@ -7,7 +7,7 @@ import random
 import pytest
 
 from snatd.core.model import Family
-from snatd.kernel.peek import digest
+from snatd.kernel.peek import Peek, digest
 from tests.lab.netns import Namespace
 
 _COMMENT = '-m comment --comment "' + "long " * 30 + '"'
@@ -23,7 +23,8 @@ def script(rules: list[str], number: int) -> str:
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("count", [1, 9000])
 def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, count: int) -> None:
-    """Entries of one length in runs, of several in any order, and more than a run is looked for."""
+    """Entries of one length in runs, of several in any order, and more than a run is looked for.
+    Asked by descriptors that were opened once, while there was no table."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     protocols = ("", "-p tcp --dport 1", _COMMENT, "-m mark --mark 0x1")
@@ -33,10 +34,16 @@ def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, cou
     ]
     tool = f"{family.command}-legacy-restore"
 
+    table = Peek(family)
+    with host.entered():
+        assert table.digest() == 0
+
     def digest_of(rules: list[str], number: int) -> int:
         host.run(tool, "--counters", stdin=script(rules, number))
         with host.entered():
-            return digest(family)
+            found = table.digest()
+            assert found == digest(family), "as asked anew"
+            return found
 
     first = digest_of(rules, 0)
     for number in (1, 255, 2**40):
@@ -48,3 +55,7 @@ def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, cou
         rules[changed] = rules[changed].replace("0x7777", "0x7778")
         last, first = first, digest_of(rules, 3)
         assert first != last, f"same length, seed {seed}, rule {changed}"
+    table.close()
+    with host.entered():
+        assert table.digest() == first, "closed, and opened again"
+    table.close()
