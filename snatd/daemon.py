@@ -529,8 +529,8 @@ class Daemon:
             status.write(self._settings.runtime_dir, document, longest_silence_s)
         except OSError as error:
             path = status.path_in(self._settings.runtime_dir)
-            stale = "`snatd status` will say that the daemon does not answer"
-            self._say("status_not_written", "warning", f"{path}: {error.strerror}", hint=stale)
+            hint = "`snatd status` has nothing to tell meanwhile; snatd doctor"
+            self._say("status_not_written", "warning", f"{path}: {error.strerror}", hint=hint)
         else:
             self._say("status_not_written", "warning", "")
         self._notifier.status(self._facts.headline())

@@ -5,6 +5,7 @@ Each reads what it is about and asks `core`. Writes nothing.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from snatd.core.flannel_rules import early_rules, flannel_rules
 from snatd.core.model import Backend, Family, GuardPolicy, Lease
 from snatd.core.packet import Hook
 from snatd.core.saved import bring_in_line
-from snatd.core.trace import Answer, rewriters, without_guard
+from snatd.core.trace import Answer, inbound_packet, rewriters, without_guard
 from snatd.core.word import Life, Word
 from snatd.core.xtables import iptables_of
 from snatd.examined import Examined, Found
@@ -99,14 +100,34 @@ def _suspects(examined: Examined, found: suspects.Suspects, hooks: tuple[Hook, .
         *(where for one in examined.view.plan for where in rivals.replaced(one)),
     }
     off = settings.policy.guard is GuardPolicy.OFF
-    yield from rivals.can_snat(wanted, _others(found.rules, known), settings.marks, guard_off=off)
+    dockers = read_dockers(examined.programs)
+    not_by = ("Docker",) if dockers and not any(one.masquerades()[0] for one in dockers) else ()
+    others = _others(found.rules, known)
+    yield from rivals.can_snat(wanted, others, settings.marks, guard_off=off, not_by=not_by)
     if _is_guarded(examined, wanted.family):
         yield from rivals.before_guard(found.earlier)
         would = rewriters(without_guard(hooks), found.packets)
         known |= {where for one in found.rules if (where := _where(one))}
-        yield from rivals.only_guarded(wanted, _others(would, known))
+        yield from rivals.only_guarded(wanted, _others(would, known), not_by)
     if not off:
         yield from rivals.marks(hooks, settings.masquerade_marks)
+
+
+def _inbound(examined: Examined) -> Found:
+    """What they can do to what other nodes' containers send to this node's."""
+    for one in examined.reached:
+        wanted = one.leased
+        hooks, types = examined.hooks(wanted.family, NAT), examined.types(wanted.family)
+        links = examined.node.links if examined.node else ()
+        addresses = [address.ip for link in links for address in link.addresses]
+        own = [address for address in addresses if address in wanted.subnet]
+        packets = [
+            inbound_packet(wanted, one.bridge, leg.device, leg.networks, own, types)
+            for leg in one.legs
+        ]
+        found = [answer for packet in packets for answer in rewriters(hooks, (packet,))]
+        told_of = early_rules(hooks, wanted)
+        yield from rivals.inbound(wanted, _others(tuple(dict.fromkeys(found)), told_of))
 
 
 def _where(answer: Answer) -> rivals.Where | None:
@@ -155,20 +176,17 @@ def dockers_rules(examined: Examined) -> Found:
     running = [one for one in read_dockers(examined.programs) if one.process is not None]
     if not (running and examined.node):
         return
-    legacy = examined.node.iptables_is is Backend.LEGACY
-    places = {"FORWARD": FORWARD, "nat PREROUTING": DNAT}
-    asked = {
-        name: [
-            one
-            # Those of the other backend are left from before it was changed.
-            for one in examined.hooks(Family.V4, kind)
-            if one.table.startswith("legacy ") is legacy or not iptables_of(one.table)[0]
-        ]
-        for name, kind in places.items()
-    }
+    own = examined.node.iptables_is
+    asked: dict[str, list[Hook]] = {"FORWARD": [], "nat PREROUTING": []}
+    others: dict[str, list[Hook]] = {name: [] for name in asked}
+    for name, kind in zip(asked, (FORWARD, DNAT), strict=True):
+        for one in examined.hooks(Family.V4, kind):
+            legacy = one.table.startswith("legacy ")
+            mine = legacy is (own is Backend.LEGACY) or not iptables_of(one.table)[0]
+            (asked if mine else others)[name].append(one)
     if any(one.unread for one in examined.rules_read.values()):
         return
-    gone = [finding for one in running for finding in docker.rules_gone(one, asked)]
+    gone = [finding for one in running for finding in docker.rules_gone(one, asked, others, own)]
     # A dockerd that is about to start has none yet.
     if gone and _shown(examined, _DOCKER_UNIT).get("ActiveState") != "activating":
         yield from gone
@@ -264,20 +282,44 @@ def _daemon(examined: Examined) -> Found:
             yield from rivals.proved(said["proof"]["wrong"], guard_off=off)
 
 
+# A status file with its repairs is 5 to 10 KiB.
+_ROOM_BYTES = 16384
+
+
+def _disks(examined: Examined) -> Found:
+    """Whether snatd can keep what it knows."""
+    settings = examined.settings
+    for path, consequence in (
+        (settings.runtime_dir, "`snatd status` has nothing to tell; the rules are looked after"),
+        (settings.state_dir, "what snatd replaces from now on, `snatd revert` will not know"),
+    ):
+        with suppress(OSError):
+            disk = os.statvfs(path)
+            if disk.f_flag & os.ST_RDONLY:
+                yield boot.no_room(str(path), os.strerror(errno.EROFS), consequence)
+            elif disk.f_bfree * disk.f_frsize < _ROOM_BYTES or (disk.f_files and not disk.f_ffree):
+                yield boot.no_room(str(path), os.strerror(errno.ENOSPC), consequence)
+
+
 # What snatd is told, and what the node's other parts do, is nobody's undoing.
 _OUR_OWN_CAUSES = {"start", "reload", "subnet_file", "link"}
 
 
 def _often(repairs: Sequence[Mapping[str, Any]], *, guard_off: bool) -> Found:
     now = datetime.now(UTC)
-    by_rivals = [one for one in repairs if _OUR_OWN_CAUSES.isdisjoint(one["trigger"].split(","))]
-    ages_s = [(now - datetime.fromisoformat(one["at"])).total_seconds() for one in by_rivals]
-    writers = [
-        f"{who['comm']}{' of ' + who['of'] if who['of'] else ''}"
-        for one in by_rivals
-        for who in one["writers"]
-    ]
-    yield from rivals.often(ages_s, writers, guard_off=guard_off)
+    ages_s: dict[str, list[float]] = {}
+    for one in repairs:
+        if _OUR_OWN_CAUSES.isdisjoint(one["trigger"].split(",")):
+            # Whoever wrote legacy rules has no name.
+            for name in {_program(who) for who in one["writers"]} or {""}:
+                age_s = (now - datetime.fromisoformat(one["at"])).total_seconds()
+                ages_s.setdefault(name, []).append(age_s)
+    for name, of_one_s in ages_s.items():
+        yield from rivals.often(of_one_s, name, guard_off=guard_off)
+
+
+def _program(who: Mapping[str, Any]) -> str:
+    return f"{who['comm']}{' of ' + who['of'] if who['of'] else ''}"
 
 
 def _said(word: Word) -> dict[str, Any] | None:
@@ -298,9 +340,11 @@ def _shown(examined: Examined, unit: str) -> dict[str, str]:
 CHECKS: tuple[Callable[[Examined], Found], ...] = (
     _drift,
     _rules,
+    _inbound,
     _backends,
     _programs,
     _saved,
     _configuration,
     _daemon,
+    _disks,
 )

@@ -119,7 +119,8 @@ def _why_not(word: Word) -> tuple[str, ...]:
         ),
         Life.STARTING: (
             f"no word yet: pid {word.pid} holds the lock",
-            "snatd is starting, or `snatd revert` or `snatd apply --confirm` is at work",
+            "snatd is starting or cannot write its status file, or `snatd revert` or `snatd apply "
+            "--confirm` is at work",
         ),
         Life.ELSEWHERE: (
             "it cannot be told from here whether snatd runs",
@@ -140,7 +141,7 @@ def _way_out(word: Word) -> str:
         "not repaired",
         Life.ABSENT: "`snatd check` says whether its configuration will do, and `journalctl -u "
         "snatd` why it does not stay; then `systemctl start snatd`",
-        Life.STARTING: "ask again in some seconds",
+        Life.STARTING: "ask again in some seconds; `systemctl status snatd` says more",
         Life.ELSEWHERE: "ask where the daemon runs",
         Life.UNREADABLE: "`systemctl restart snatd` writes it anew",
     }[word.life]

@@ -89,9 +89,9 @@ def doubt(one: Probe, read: Callable[[Family], Hooks]) -> str:
     try:
         told = explain.explain(question, read)
     except (BackendError, Unanswerable) as error:
-        said, answer = f"by which rule is not known: {error}", None
-    else:
-        said, answer = explain.conclusion(told), told.trace.answer
+        why = f"by which rule is not known: {error}"
+        return "" if one.kept else f"{one.destination} sees {one.seen_as}: {why}"
+    said, answer = explain.conclusion(told), told.trace.answer
     if answer is not None and answer.sources != (one.seen_as,):
         return (
             f"a datagram from {one.sent_from} to {one.destination} left as {one.seen_as}, but by "
@@ -99,7 +99,7 @@ def doubt(one: Probe, read: Callable[[Family], Hooks]) -> str:
         )
     if one.kept:
         return ""
-    return said if answer else f"{one.destination} sees {one.seen_as}: {said}"
+    return said if answer else f"{one.destination} sees {one.seen_as}: by the rules {said}"
 
 
 def _these_or_all(wanted: Sequence[Address]) -> Choice:

@@ -196,6 +196,22 @@ def not_running(shown: Mapping[str, str], headline: str, *, wanted: bool) -> Ite
     )
 
 
+def no_room(path: str, why: str, consequence: str) -> Finding:
+    """A directory of snatd's own that takes nothing."""
+    return Finding(
+        "no_room",
+        Severity.WARNING,
+        f"snatd cannot write to {path}",
+        (why,),
+        consequence,
+        (
+            f"df -h {shlex.quote(path)}",
+            f"df -i {shlex.quote(path)}",
+            "# make room, or have it mounted writable",
+        ),
+    )
+
+
 def not_answering(headline: str) -> Iterator[Finding]:
     """`headline`: what `snatd status` says of it."""
     yield Finding(

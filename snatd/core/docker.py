@@ -14,7 +14,7 @@ from typing import Any
 
 from snatd.core.desired import Desired
 from snatd.core.finding import Finding, Severity
-from snatd.core.model import Family, Interface, Lease, Link, join
+from snatd.core.model import Backend, Family, Interface, Lease, Link, join
 from snatd.core.networks import interface, overlaps
 from snatd.core.packet import Hook
 from snatd.core.programs import Process, boolean, options
@@ -196,14 +196,38 @@ def _is(text: str, gateway: Interface) -> bool:
         return False
 
 
-def rules_gone(docker: Docker, asked: Mapping[str, Sequence[Hook]]) -> Iterator[Finding]:
+def rules_gone(
+    docker: Docker,
+    asked: Mapping[str, Sequence[Hook]],
+    others: Mapping[str, Sequence[Hook]],
+    own: Backend,
+) -> Iterator[Finding]:
     """Whether a dockerd's own rules are still asked. `asked`: the base chains of each place where
-    it has some, by the place's name."""
+    it has some, by the place's name; `others`: those of the backend that is not the node's `own`,
+    left from before that was changed."""
     on, why = docker.is_on("iptables")
     without = [where for where, hooks in asked.items() if not any(map(_is_dockers, hooks))]
     if not (on and without):
         return
     closed = [str(one) for where in without for one in asked[where] if one.drops]
+    if len(without) == len(asked) and not closed and _are_dockers(others):
+        other = Backend.LEGACY if own is Backend.NFT else Backend.NFT
+        yield Finding(
+            "docker_other_tables",
+            Severity.WARNING,
+            f"Docker's rules stand in {other.value} tables, and the node's iptables writes to "
+            f"{own.value} ones",
+            (
+                why,
+                *(
+                    f"nothing in {where} of {own.value} leads to a chain of Docker's"
+                    for where in asked
+                ),
+            ),
+            f"they do their work; but what dockerd writes from now on goes to {own.value} tables",
+            (f"{_RESTART}  # writes them there; `snatd doctor` then says how to end the others",),
+        )
+        return
     yield Finding(
         "docker_rules_gone",
         Severity.ERROR if closed else Severity.WARNING,
@@ -218,6 +242,10 @@ def rules_gone(docker: Docker, asked: Mapping[str, Sequence[Hook]]) -> Iterator[
         else "published ports may not answer, and Docker's networks are not kept apart",
         (f"{_RESTART}  # writes them again; then ask doctor again",),
     )
+
+
+def _are_dockers(places: Mapping[str, Sequence[Hook]]) -> bool:
+    return all(any(map(_is_dockers, hooks)) for hooks in places.values())
 
 
 def _is_dockers(hook: Hook) -> bool:

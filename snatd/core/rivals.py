@@ -144,10 +144,16 @@ def _broad(
 
 
 def can_snat(
-    wanted: Desired, answers: Sequence[Answer], marks: int, *, guard_off: bool
+    wanted: Desired,
+    answers: Sequence[Answer],
+    marks: int,
+    *,
+    guard_off: bool,
+    not_by: Collection[str] = (),
 ) -> Iterator[Finding]:
     """The rules that can SNAT cluster traffic; those for certain are graver. `marks`: the bits by
-    which masquerade is asked for. `guard_off`: by configuration."""
+    which masquerade is asked for. `guard_off`: by configuration. `not_by`: who is told already not
+    to write such a rule, so that it is another's, or a left-over."""
     for certain in (True, False):
         some_answers = [one for one in answers if certain == (not one.why)]
         if some_answers:
@@ -158,12 +164,15 @@ def can_snat(
                 + ("" if certain else " under conditions"),
                 some((told(one) for one in some_answers), _MOST_LINES),
                 "other nodes see another address than the container's",
-                ((_GUARD_IT,) if guard_off else ()) + _remedies(some_answers, wanted, marks),
+                ((_GUARD_IT,) if guard_off else ())
+                + _remedies(some_answers, not_by, wanted, marks),
             )
 
 
-def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
-    """`answers`: what could, if there were no guard."""
+def only_guarded(
+    wanted: Desired, answers: Sequence[Answer], not_by: Collection[str] = ()
+) -> Iterator[Finding]:
+    """`answers`: what could, if there were no guard. `not_by`: as in `can_snat`."""
     if answers:
         yield Finding(
             "only_guarded",
@@ -171,22 +180,61 @@ def only_guarded(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding
             f"without the guard {count(len(answers), 'rule')} could hide containers of "
             f"{wanted.subnet}",
             some((told(one) for one in answers), _MOST_LINES),
-            "these cannot be narrowed in their place; the guard makes them harmless",
-            _remedies(answers),
+            "these cannot be narrowed in their place; the guard keeps what containers send",
+            _remedies(answers, not_by),
         )
 
 
+def inbound(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
+    """`answers`: what can SNAT what other nodes' containers send to this node's."""
+    for certain in (True, False):
+        some_answers = [one for one in answers if certain == (not one.why)]
+        if some_answers:
+            yield Finding(
+                "inbound_snat",
+                Severity.ERROR if certain else Severity.WARNING,
+                f"a rule hides other nodes' containers from those of {wanted.subnet}"
+                + ("" if certain else " under conditions"),
+                some((told(one) for one in some_answers), _MOST_LINES),
+                "containers here see another address than the caller's; the guard keeps only what "
+                "they send themselves",
+                some(
+                    (
+                        line
+                        for one in some_answers
+                        if one.place
+                        for line in _leaving_out(one.place, wanted)
+                    ),
+                    _MOST_LINES,
+                    "# ",
+                ),
+            )
+
+
+def _leaving_out(place: Place, wanted: Desired) -> tuple[str, ...]:
+    who = writer(place.table, place.chain, place.step.text)
+    at_its_source = _AT_ITS_SOURCE.get(who)
+    leave = f"has to leave what goes into {wanted.subnet} out of it: {place}"
+    return at_its_source or (f"# whose it is ({who}) {leave}",)
+
+
 def _remedies(
-    answers: Iterable[Answer], wanted: Desired | None = None, marks: int = 0
+    answers: Iterable[Answer],
+    not_by: Collection[str],
+    wanted: Desired | None = None,
+    marks: int = 0,
 ) -> tuple[str, ...]:
     """`wanted`: None where a guard keeps it all the same."""
     places = [one.place for one in answers if one.place]
-    lines = (line for one in places for line in _remedy(one, wanted, marks))
+    lines = (line for one in places for line in _remedy(one, not_by, wanted, marks))
     return some(lines, _MOST_LINES, "# ")
 
 
-def _remedy(place: Place, wanted: Desired | None, marks: int) -> tuple[str, ...]:
+def _remedy(
+    place: Place, not_by: Collection[str], wanted: Desired | None, marks: int
+) -> tuple[str, ...]:
     who = writer(place.table, place.chain, place.step.text)
+    who = UNKNOWN if who in not_by else who
     if who in _AT_ITS_SOURCE:
         return _AT_ITS_SOURCE[who]
     if wanted is None:
@@ -304,13 +352,15 @@ def marks(hooks: Iterable[Hook], masquerade_marks: Collection[int]) -> Iterator[
 _OFTEN, _WITHIN_S, _BURST_S = 4, 300.0, 2.5
 
 
-def often(ages_s: Sequence[float], writers: Iterable[str], *, guard_off: bool) -> Iterator[Finding]:
-    """`ages_s`: of the last repairs of what others wrote, the newest first. Who writes slowly is
+def often(ages_s: Sequence[float], who: str, *, guard_off: bool) -> Iterator[Finding]:
+    """`ages_s`: of the last repairs of what one wrote, the newest first. Who writes slowly is
     repaired each time, and that is no fight; but he should stop all the same. One restart of a
     service, which writes several times, is no more than that."""
     recent = [age_s for age_s in ages_s if age_s <= _WITHIN_S]
+    if not recent or recent[0] > _WITHIN_S / (_OFTEN - 1):
+        return  # whoever writes as often would have written again
     times = 1 + sum(later + _BURST_S < one for later, one in pairwise(recent))
-    if not recent or times < _OFTEN:
+    if times < _OFTEN:
         return
     yield Finding(
         "repaired_often",
@@ -319,7 +369,7 @@ def often(ages_s: Sequence[float], writers: Iterable[str], *, guard_off: bool) -
         (
             f"{count(len(recent), 'repair')} in {recent[-1] - recent[0]:.0f} s, the last "
             f"{recent[0]:.0f} s ago",
-            *some(f"{one} wrote before" for one in writers),
+            *((f"{who} wrote before",) if who else ()),
         ),
         f"repairs go on; {_IN_BETWEEN[guard_off]}",
         (*((_GUARD_IT,) if guard_off else ()), "snatd status", "# keep that program from it"),

@@ -8,13 +8,13 @@ chain of n rules costs n. Decides nothing about what should be; reads nothing.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, permutations
 
 from snatd.core.desired import Desired
-from snatd.core.model import Address, join
-from snatd.core.networks import subtract
+from snatd.core.model import Address, Network, join
+from snatd.core.networks import network, subtract
 from snatd.core.packet import (
     ALL_BITS,
     LOSE_MARK,
@@ -410,6 +410,30 @@ def cluster_packets(
             types=types,
         )
         for network in subtract(wanted.networks, wanted.subnet)
+    )
+
+
+def inbound_packet(
+    wanted: Desired,
+    bridge: str,
+    came_in: str,
+    sources: Sequence[Network],
+    own: Iterable[Address],
+    types: tuple[tuple[str, Ranges], ...] = (),
+) -> Packet:
+    """What other nodes' containers, which are in `sources`, send to ours, without any mark. The
+    guard leaves it alone, since promise 1 is about what ours send. `own`: the node's addresses."""
+    ours: tuple[Network, ...] = (wanted.subnet,)
+    for one in own:
+        ours = subtract(ours, network(str(one)))
+    return Packet(
+        family=wanted.family,
+        source=addresses(sources),
+        destination=addresses(ours),
+        out=bridge,
+        came_in=came_in,
+        mark=Mark(0, ALL_BITS),
+        types=types,
     )
 
 

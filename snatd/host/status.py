@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,21 @@ def path_in(runtime_dir: Path) -> Path:
 
 
 def write(runtime_dir: Path, document: dict[str, Any], longest_silence_s: float) -> None:
-    """Replaces the file; anybody may read it. Raises OSError.
+    """Replaces the file; anybody may read it. Raises OSError, and then there is none, if possible.
 
     `longest_silence_s`: until then another word comes, or something is wrong with this process.
     """
     stamp = {"schema": SCHEMA, **_myself(), **_clocks(), "longest_silence_s": longest_silence_s}
     content = json.dumps(stamp | document, indent=1) + "\n"
+    path = path_in(runtime_dir)
     make_directory(runtime_dir)
-    write_whole(path_in(runtime_dir), content.encode())
+    try:
+        write_whole(path, content.encode())
+    except OSError:
+        # The word before is no longer what we would say: none is better. And it leaves its room.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        write_whole(path, content.encode())
 
 
 @cache

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from snatd.report import EXIT_WAITING
 from tests.faults.conftest import Start
 from tests.faults.test_rules import settled
 from tests.kernel.test_packets import NARROW, add, promises_hold, rules
 from tests.lab.netns import until
 from tests.lab.network import Lab, Node
+from tests.lab.process import Snatd
 
 
 def small_disk(node: Node, path: Path | str, options: str = "size=64k") -> None:
     node.host.run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path))
 
 
-def fill(node: Node, path: Path | str) -> Path:
+def fill(node: Node, path: Path | str, name: str = "filler") -> Path:
     """Not a byte is left; the file to remove for that to end."""
-    filler = f"{path}/filler"
+    filler = f"{path}/{name}"
     node.host.run("dd", "if=/dev/zero", f"of={filler}", "bs=4k", check=False)
     return node.host.path(filler)
 
@@ -60,33 +63,50 @@ def test_fault_26_state_dir(
     assert memory.read_bytes() == before, "the old one, whole"
     assert sorted(os.listdir(memory.parent)) in (["replaced.json"], ["filler", "replaced.json"])
     promises_hold(nft_lab)
+    assert no_room(snatd) == [f"snatd cannot write to {state}"]
     if fault == FULL:
         filler.unlink()
     else:
         node.host.run("mount", "-o", "remount,rw", str(state))
+    assert no_room(snatd) == []
     repaired(node, *ANOTHER)
     until(lambda: memory.read_bytes() != before, "the new one")
     assert len(json.loads(memory.read_bytes())["replaced"][-1]["rules"]) == 2
 
 
+def no_room(snatd: Snatd) -> list[str]:
+    """What doctor says of full disks."""
+    findings = json.loads(snatd.command("doctor", "--json").stdout)["findings"]
+    return [one["says"] for one in findings if one["name"] == "no_room"]
+
+
 def test_fault_26_no_space_in_run(nft_lab: Lab, node: Node, start: Start) -> None:
-    """The status file is the old one, whole; a start needs no space there either."""
-    snatd = start(node, resync=1)
+    """An old word would be taken for a new one, so there is none; a start needs no space either."""
+    snatd = start(node)
     settled(snatd)
     node.host.run("mount", "-o", "remount,size=256k", "/run")
+    snatd.signal(signal.SIGSTOP)
     filler = fill(node, "/run")
+    # The room that the old one leaves shall not do for the new one.
+    node.host.path("/run/snatd/status.json").write_text("{}")
+    fill(node, "/run", "filler2")
+    snatd.signal(signal.SIGCONT)
     add(node, "-I", "POSTROUTING", *node.broad_rule)
     until(lambda: rules(node) == [NARROW], "the repair")
     (told,) = snatd.wait_for("status_not_written")
     assert told["what"] == f"/run/snatd/status.json: {FULL}"
-    assert snatd.status()["pid"] == snatd.pid, "the old one, whole"
-    assert os.listdir(node.host.path("/run/snatd")).count("status.json") == 1
-    assert len(os.listdir(node.host.path("/run/snatd"))) == 2
+    assert os.listdir(node.host.path("/run/snatd")) == ["snatd.lock"]
+    shown = snatd.command("status")
+    assert (shown.returncode, shown.stderr) == (EXIT_WAITING, "")
+    assert shown.stdout.startswith(f"no word yet: pid {snatd.pid} holds the lock")
+    assert "cannot write its status file" in shown.stdout
+    assert no_room(snatd) == ["snatd cannot write to /run/snatd"]
     snatd.stop()
     snatd.start()
     repaired(node)
     promises_hold(nft_lab)
     filler.unlink()
+    snatd.signal(signal.SIGUSR1)
     until(lambda: snatd.status()["pid"] == snatd.pid, "the new one")
     assert "already running as pid" in snatd.command("run").stderr
 

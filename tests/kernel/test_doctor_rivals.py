@@ -238,7 +238,10 @@ def test_rules_that_hide_where_there_is_no_guard(node: Node, snatd: Snatd, nft_l
     silent(snatd)
     add(node, "-A", "POSTROUTING", "-m", "comment", "--comment", EVIL, "-j", "MASQUERADE")
     assert seen_by(node.container, nft_lab.nodes[1].container_address) == node.address
-    one = only(snatd, "can_snat", "error")
+    there = found(snatd)
+    assert set(there) == {"can_snat", "inbound_snat"}
+    one = there["can_snat"]
+    assert one["severity"] == "error"
     assert one["evidence"][0].startswith("ip nat POSTROUTING rule 2: -m comment --comment ")
     for _ in range(2):
         heal(node, one)
@@ -248,7 +251,7 @@ def test_rules_that_hide_where_there_is_no_guard(node: Node, snatd: Snatd, nft_l
     assert rules(node)[:2] == [kept, NARROW]
     assert len(rules(node)) == 3
     assert seen_by(node.container, nft_lab.nodes[1].container_address) == node.container_address
-    only_on_the_bridge(snatd)
+    only_for_others(snatd)
     node.host.shell("iptables -t nat -D POSTROUTING 1; iptables -t nat -D POSTROUTING 2")
     silent(snatd)
     add(node, "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
@@ -264,18 +267,54 @@ def test_the_same_on_legacy(lab: Lab, tmp_path: Path, backend: str) -> None:
     with Snatd(node.host, tmp_path, guard="off") as snatd:
         assert snatd.command("apply").returncode == 0
         add(node, "-A", "POSTROUTING", "-m", "comment", "--comment", EVIL, "-j", "MASQUERADE")
-        one = only(snatd, "can_snat", "error")
+        one = found(snatd)["can_snat"]
+        assert one["severity"] == "error"
         guard, keep = one["remedy"]
         assert guard.startswith('# guard = "auto" in snatd.toml')
         assert keep.startswith(f"iptables-{backend} -t nat -D POSTROUTING -s 172.7.21.0/24 ")
         heal(node, one)
-        only_on_the_bridge(snatd)
+        only_for_others(snatd)
 
 
-def only_on_the_bridge(snatd: Snatd) -> None:
-    """What a rule without any match does there is not cluster traffic, and told apart from it."""
+def only_for_others(snatd: Snatd) -> None:
+    """What a rule without any match does on the bridge is not cluster traffic, and what it does to
+    that of other nodes is not this node's: told apart from it."""
     done = snatd.command("doctor", "--json")
-    assert [one["name"] for one in json.loads(done.stdout)["findings"]] == ["bridge_snat"]
+    names = [one["name"] for one in json.loads(done.stdout)["findings"]]
+    assert sorted(names) == ["bridge_snat", "inbound_snat"]
+
+
+INBOUND = {
+    "-s 172.7.0.0/16 -j MASQUERADE": "error",
+    "-o docker0 -j MASQUERADE": "error",
+    "-d 172.7.21.0/24 -j SNAT --to-source 172.7.21.1": "error",
+    "-m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT": "error",
+    "-d 172.7.21.2/32 -j MASQUERADE": "warning",
+}
+
+
+@pytest.mark.parametrize("rule", INBOUND)
+def test_a_rule_that_hides_other_nodes_containers(
+    node: Node, snatd: Snatd, nft_lab: Lab, rule: str
+) -> None:
+    """The guard is for what this node's send. Whose rule it is decides of what they are sent."""
+    other = nft_lab.nodes[1]
+    assert seen_by(other.container, node.container_address) == other.container_address
+    node.host.shell("iptables -t nat -N IP-MASQ-AGENT")
+    for text in ("-d 10.0.0.0/8 -j RETURN", "-j MASQUERADE"):
+        node.host.shell(f"iptables -t nat -A IP-MASQ-AGENT {text}")
+    add(node, "-A", "POSTROUTING", *rule.split(" "))
+    assert seen_by(other.container, node.container_address) == "172.7.21.1"
+    assert seen_by(node.container, other.container_address) == node.container_address
+    one = found(snatd)["inbound_snat"]
+    assert one["severity"] == INBOUND[rule]
+    where = "IP-MASQ-AGENT rule 2" if "AGENT" in rule else "POSTROUTING rule 2"
+    assert where in one["evidence"][0]
+    (remedy,) = one["remedy"]
+    assert "nonMasqueradeCIDRs" in remedy if "AGENT" in rule else where in remedy
+    assert "ip-masq" not in remedy
+    node.host.shell(f"iptables -t nat -D POSTROUTING {rule}")
+    silent(snatd)
 
 
 def test_rules_that_only_the_guard_makes_harmless(node: Node, snatd: Snatd) -> None:
@@ -294,6 +333,17 @@ def test_rules_that_only_the_guard_makes_harmless(node: Node, snatd: Snatd) -> N
     assert one["remedy"][1].startswith("# nothing, as long as the guard stands: ip nat POSTROUT")
     assert one["says"] == "without the guard 13 rules could hide containers of 172.7.21.0/24"
     assert snatd.command("doctor").returncode == 0
+
+
+def test_docker_is_not_told_what_it_does_not_do(
+    node: Node, snatd: Snatd, daemon_json: Path
+) -> None:
+    """A rule in Docker's form may be anybody's."""
+    node.host.shell("iptables -t nat -A POSTROUTING -s 172.7.0.0/16 ! -o docker0 -j MASQUERADE")
+    docker(node.host, "--bip=172.7.21.1/24", iptables="iptables-nft")
+    for ip_masq, says in ((True, '"ip-masq": false into'), (False, "# nothing, as long as")):
+        daemon_json.write_text(json.dumps({"ip-masq": ip_masq}))
+        assert says in found(snatd)["only_guarded"]["remedy"][0]
 
 
 def test_a_chain_before_the_guard(node: Node, snatd: Snatd) -> None:
@@ -583,7 +633,12 @@ def test_somebody_removed_dockers_rules(lab: Lab, tmp_path: Path, backend: str) 
     with Snatd(node.host, tmp_path) as snatd:
         assert snatd.command("apply").returncode == 0
         # What the other backend has is left from before it was changed.
-        docker(node.host, "--bip=172.7.21.1/24", iptables=other).kill()
+        before = docker(node.host, "--bip=172.7.21.1/24", iptables=other)
+        one = found(snatd)["docker_other_tables"]
+        assert one["says"].endswith(f" and the node's iptables writes to {backend} ones")
+        assert "docker_rules_gone" not in found(snatd)
+        before.kill()
+        before.wait()
         dockerd = docker(node.host, "--bip=172.7.21.1/24", iptables=tool)
         assert "docker_rules_gone" not in found(snatd)
         node.host.shell(f"{tool} -F FORWARD")

@@ -285,18 +285,19 @@ def test_remedies_know_the_writer() -> None:
 
 def test_repairs_that_come_too_often() -> None:
     ages_s = [2.0, 5.0, 8.0, 11.0, 300.0]
-    names = ["iptables of rival.service", "iptables of rival.service"]
-    found = one(rivals.often(ages_s, names, guard_off=False))
+    found = one(rivals.often(ages_s, "iptables of rival.service", guard_off=False))
     assert (found.name, found.severity) == ("repaired_often", Severity.WARNING)
     assert found.evidence == (
         "5 repairs in 298 s, the last 2 s ago",
         "iptables of rival.service wrote before",
     )
-    assert list(rivals.often([*ages_s[:-1], 301.0], (), guard_off=False))
-    assert not list(rivals.often(ages_s[1:-1], (), guard_off=False))
+    assert list(rivals.often([*ages_s[:-1], 301.0], "", guard_off=False))
+    assert not list(rivals.often(ages_s[1:-1], "", guard_off=False))
+    # As long ago as that nobody undoes them again and again.
+    assert not list(rivals.often([one + 100 for one in ages_s[:-1]], "", guard_off=False))
     # A service that writes several times as it starts, and somebody's flush.
-    assert not list(rivals.often([2.0, 60.0, 60.3, 60.9, 62.0], (), guard_off=False))
-    assert not list(rivals.often((), (), guard_off=False))
+    assert not list(rivals.often([2.0, 60.0, 60.3, 60.9, 62.0], "", guard_off=False))
+    assert not list(rivals.often((), "", guard_off=False))
 
 
 def test_who_is_fought_with_is_what_the_remedy_is_about() -> None:
