@@ -219,8 +219,8 @@ def guard_of(node: Node, family: str = "ip") -> str:
         # Of this table nft 1.0.6 prints half of a JSON.
         "nft 'delete table ip snatd; add table ip snatd { flags dormant; }'",
         "nft add set ip snatd extra { type ipv4_addr\\; }",
-        "nft delete table ip snatd; nft add table ip snatd;"
-        " nft add chain ip snatd postrouting { type nat hook postrouting priority 200\\; }",
+        "nft 'delete table ip snatd; add table ip snatd;"
+        " add chain ip snatd postrouting { type nat hook postrouting priority 200; }'",
     ],
 )
 def test_fault_04_whatever_is_done_to_it_it_is_made_again(
