@@ -154,7 +154,12 @@ def limited(snatd: Snatd, what: int, soft: int) -> Iterator[None]:
 def survives(snatd: Snatd, node: Node) -> None:
     """What a daemon does as soon as the kernel gives it again what it needs."""
     assert snatd.process.poll() is None, snatd.log_path.read_text()
-    until(lambda: snatd.status()["in_sync"] and rules(node) == [NARROW], "the recovery", 40)
+    word = node.host.path("/run/snatd/status.json")  # there is none while it cannot be written
+
+    def in_sync() -> bool:
+        return word.exists() and snatd.status()["in_sync"] and rules(node) == [NARROW]
+
+    until(in_sync, "the recovery", 40)
     assert snatd.process.poll() is None, snatd.log_path.read_text()
 
 
