@@ -370,7 +370,7 @@ class Evidence:
             one = self._todo[0]
             acts = self._after_change and self.settings.mode == "enforce"
             if self._after_change:
-                self._flows[one.family].before = None  # 1 MiB of 260,000, and there comes another
+                self._flows[one.family].before = None  # half a MiB or more, and there comes another
             self._sweep_began_s = time.monotonic()
             try:
                 self._sweep = Sweep(
@@ -480,6 +480,7 @@ class Evidence:
                     "deleted": one.deleted,
                     "since": one.since or None,
                     "kept_since": one.kept,
+                    "kept_one_in": one.before.one_in if one.before is not None else 1,
                     "changed_since": one.changed,
                     "cut_off": one.cut_off,
                 }

@@ -357,7 +357,8 @@ def _flows(said: dict[str, Any], now: datetime) -> Iterator[_Row]:
     for one in said["flows"]:
         if one["since"] is None:
             continue  # not counted yet
-        news = f"{one['kept_since']} kept, {one['changed_since']} changed"
+        about = "about " if one["kept_since"] and one["kept_one_in"] > 1 else ""
+        news = f"{about}{one['kept_since']} kept, {one['changed_since']} changed"
         stale = f"{one['stale']} wrong since before, {one['deleted']} deleted"
         hint = ": `snatd flows`" if one["stale"] else ""
         text = f"{one['family']}: {news} since {_when(one['since'], now)}; {stale}{hint}"

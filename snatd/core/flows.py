@@ -216,13 +216,33 @@ def to_delete(flow: Flow, policy: str) -> bool:
     return policy == "all" or (policy == "udp" and flow.protocol == "udp")
 
 
-class Ids:
-    """A growing set of flows' identities at 3 bytes each: those of a whole table take 0.8 MB, where
-    a set takes 16. Spread over rows of about 64, none is ever sorted or copied as a whole. What is
-    left of an identity when its row is known fits in three bytes."""
+# So many connections that kept their source are told apart by half a MiB.
+_MOST_KEPT = 1 << 16
 
-    def __init__(self) -> None:
+
+def one_in(entries: int) -> int:
+    """Of how many connections that kept their source one is counted, in a table of so many."""
+    return 1 << (max(entries - 1, 0) // _MOST_KEPT).bit_length()
+
+
+class Ids:
+    """A growing set of flows' identities at 3 bytes each, where a set takes 64. Spread over rows of
+    about 20, none is ever sorted or copied as a whole. What is left of an identity when its row is
+    known fits in three bytes.
+
+    `one_in`, a power of two, bounds what a table of a million takes: of the connections that kept
+    their source, of which there are most and of which none is ever shown, only those are added
+    that are `counted`. The wrong ones are all added.
+    """
+
+    def __init__(self, one_in: int = 1) -> None:
+        self.one_in = one_in
         self._rows = [b""] * _ROWS
+
+    def counted(self, one: int) -> bool:
+        """Whether it is the one of so many. It is so each time, and evenly spread: an identity is
+        the kernel's hash."""
+        return one // _ROWS % self.one_in == 0
 
     def add(self, one: int) -> None:
         self._rows[one % _ROWS] += _in_row(one)

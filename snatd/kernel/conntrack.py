@@ -22,8 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from snatd.core.desired import Desired
 from snatd.core.errors import BackendError, BackendFailed, FlowError
-from snatd.core.flows import Flow, FlowKey, Ids, Kept, Verdict, parse_flow, to_delete, verdict
+from snatd.core.flows import (
+    Flow,
+    FlowKey,
+    Ids,
+    Kept,
+    Verdict,
+    one_in,
+    parse_flow,
+    to_delete,
+    verdict,
+)
 from snatd.core.model import Address, Family
+from snatd.kernel.sysctls import read_number
 from snatd.kernel.tools import Tools, check_exit
 
 if TYPE_CHECKING:
@@ -48,8 +59,8 @@ class Tally:
     """What a sweep saw in one family. `flows` are the first SHOWN of the `wrong` ones, and none of
     a census.
 
-    `changed` and `kept` count those that were not there before, wrong and right; `ids` are all of
-    them, where there was no before. Both want a census. `cut_off` says why it is not the whole.
+    `changed` and `kept` count those that were not there before, wrong and right; `ids` are those of
+    before, where there was no before. Both want a census. `cut_off` says why it is not the whole.
     """
 
     wrong: int = 0
@@ -68,7 +79,8 @@ class Sweep:
     `ends_s` of the monotonic clock at the latest. `run` does it all at once. Nothing is held but
     the first wrong flows. `census`: also counts the flows that kept their source, and of both those
     that are not in `before`, at the cost of reading all from the subnet into the networks; but no
-    connection of before that is over.
+    connection of before that is over. Of large tables those that kept it are a sample's, and the
+    count is what it stands for (`Ids.one_in`).
     """
 
     def __init__(
@@ -91,9 +103,11 @@ class Sweep:
             )
         self.ends_s = time.monotonic() + limit_s
         self._desired, self._marks, self._policy = desired, marks, policy
+        self._is_first = before is None
+        if census and before is None:
+            before = Ids(one_in(read_number("net.netfilter.nf_conntrack_count") or 0))
         self._before = before
         self._sure = Kept(desired)
-        self._ids = Ids() if census and before is None else None
         self._wrong = self._changed = self._deleted = self._kept = 0
         self._census = census
         self._flows: list[Flow] = []
@@ -153,24 +167,28 @@ class Sweep:
         for line in lines:
             text = line.decode("ascii", "backslashreplace")
             if (identity := self._sure.identity(text)) is not None:
-                self._kept += self._is_new(identity)
+                self._keep(identity)
             else:
                 self._judge(parse_flow(text))
 
+    def _keep(self, identity: int) -> None:
+        if self._before is None or self._before.counted(identity):
+            self._kept += self._is_new(identity)
+
     def _is_new(self, identity: int) -> bool:
-        if self._ids is not None:
-            self._ids.add(identity)
-        return self._before is None or identity not in self._before
+        if self._is_first and self._before is not None:
+            self._before.add(identity)
+        return self._is_first or self._before is None or identity not in self._before
 
     def _judge(self, flow: Flow) -> None:
         found = verdict(flow, self._desired, self._marks)
         if found is Verdict.FOREIGN:
             return
-        new = self._is_new(flow.identity)
         if found is Verdict.KEPT:
-            self._kept += new
+            self._keep(flow.identity)
             return
-        if self._census and flow.is_over and not (new and self._before is not None):
+        new = self._is_new(flow.identity)
+        if self._census and flow.is_over and (self._is_first or not new):
             return  # of before, and in nobody's way any more
         self._wrong += 1
         self._changed += new
@@ -193,9 +211,9 @@ class Sweep:
             wrong=self._wrong,
             deleted=self._deleted,
             changed=self._changed,
-            kept=self._kept,
+            kept=self._kept * (self._before.one_in if self._before is not None else 1),
             flows=tuple(self._flows),
-            ids=self._ids,
+            ids=self._before if self._is_first else None,
             cut_off=cut_off,
         )
 

@@ -310,9 +310,9 @@ def test_single_entries_by_their_tuple(lab: Lab, node: Node, tmp_path: Path) -> 
         assert table.seen_as(key) is None
 
 
-def fill(node: Node, number: int, *, wrong: bool) -> None:
+def fill(node: Node, number: int, *, wrong: bool, pod: str = "") -> None:
     """Entries as they would be after as many flows; 60,000 take half a second."""
-    pod, me = "172.7.22.2" if wrong else "172.7.22.3", "172.7.21.2"
+    pod, me = pod or ("172.7.22.2" if wrong else "172.7.22.3"), "172.7.21.2"
     to = f"-n {node.address}" if wrong else f"-q {me}"
     script = "".join(
         f"-A -t 600 -u SEEN_REPLY,ASSURED -s {me} -d {pod} -r {pod} {to} -p udp --sport {port} "
@@ -334,6 +334,26 @@ def test_60_000_entries(nft_lab: Lab) -> None:
         assert (tally.wrong, len(tally.flows), tally.cut_off) == (60_000, SHOWN, None)
     assert min(times_s) < 1, times_s
     assert _peak_kb() - before_kb < 10_000
+
+
+def test_of_a_large_table_new_flows_are_counted_by_a_sample_and_wrong_ones_all(
+    nft_lab: Lab,
+) -> None:
+    node = nft_lab.nodes[0]
+    node.write_lease()
+    for pod in ("172.7.22.4", "172.7.22.5"):
+        fill(node, 40_000, wrong=False, pod=pod)
+    first = sweep(node, census=True)
+    assert first.ids is not None
+    assert (first.ids.one_in, first.wrong) == (2, 0)
+    assert len(first.ids) == pytest.approx(40_000, rel=0.05)
+    same = sweep(node, census=True, before=first.ids)
+    assert (same.kept, same.changed) == (0, 0)
+    fill(node, 4_000, wrong=False)
+    fill(node, 7, wrong=True)
+    then = sweep(node, census=True, before=first.ids)
+    assert then.kept == pytest.approx(4_000, rel=0.15)
+    assert (then.changed, then.wrong) == (7, 7)
 
 
 def _peak_kb() -> int:

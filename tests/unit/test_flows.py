@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 from dataclasses import replace
 
 import pytest
 
 from snatd.core.desired import Desired
 from snatd.core.errors import FlowError
-from snatd.core.flows import Flow, FlowKey, Ids, Verdict, parse_flow, to_delete, verdict
+from snatd.core.flows import Flow, FlowKey, Ids, Verdict, one_in, parse_flow, to_delete, verdict
 from snatd.core.model import Family
 from snatd.flows import flow_document, flow_lines
 
@@ -191,6 +192,29 @@ def test_ids() -> None:
     assert len(ids) == 5
     assert all(one in ids for one in (0, 7, 2**32 - 1, 4096, 8192))
     assert not any(one in ids for one in (1, 4103, 2**32 - 2))
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (0, 1),
+        (65_536, 1),
+        (65_537, 2),
+        (131_072, 2),
+        (131_073, 4),
+        (260_000, 4),
+        (262_144, 4),
+        (1_000_000, 16),
+    ],
+)
+def test_of_large_tables_a_sample_is_counted(entries: int, expected: int) -> None:
+    """At most 65,536 of any table, in which there are more of them than fit into so much memory."""
+    assert one_in(entries) == expected
+    assert entries / expected <= 65_536
+    chance = random.Random(7)
+    some = [chance.randrange(2**32) for _ in range(20_000)]
+    counted = sum(Ids(expected).counted(one) for one in some)
+    assert counted * expected == pytest.approx(20_000, rel=0.2)
 
 
 def test_a_flow_as_json() -> None:

@@ -114,7 +114,8 @@ def probe(kept: bool | None, inside: bool = True) -> dict[str, Any]:
 
 def flows(family: str = "ipv4", **parts: Any) -> dict[str, Any]:
     counts = {"stale": 0, "deleted": 0, "kept_since": 31, "changed_since": 0, "cut_off": None}
-    return {"family": family, "since": "2026-11-24T02:40:48.812+00:00", **counts, **parts}
+    since = "2026-11-24T02:40:48.812+00:00"
+    return {"family": family, "since": since, "kept_one_in": 1, **counts, **parts}
 
 
 def started(story: Story, *, egress_there: bool = True) -> Story:
@@ -163,7 +164,7 @@ def drift() -> dict[str, Any]:
                 unknown=["nft is not installed"],
             )
         ],
-        flows=[flows(stale=3, changed_since=4), flows("ipv6", since=None)],
+        flows=[flows(stale=3, changed_since=4, kept_one_in=4), flows("ipv6", since=None)],
     )
     return story.document("observe")
 
