@@ -37,10 +37,11 @@ from snatd.host.metrics import Metric, MetricsFile
 from snatd.host.notify import Notifier
 from snatd.kernel import lock
 from snatd.kernel.events import Event, LegacyPoll, LinkEar, NftEar, Tables, Writer, who_wrote
+from snatd.kernel.legacy import LegacyTables
 from snatd.kernel.restore import check_restore
 from snatd.kernel.tools import Tools
 from snatd.node import open_edges
-from snatd.reconcile import Pass, Problem, View, look, reconcile
+from snatd.reconcile import Edges, Pass, Problem, View, look, reconcile
 from snatd.saving import Saving
 
 # A pass's time-outs together, and never more than this share of systemd's watchdog.
@@ -68,11 +69,12 @@ class Daemon:
         self._settings = settings
         self._log = journal.logger()
         self._tools = Tools()
-        self._edges = open_edges(settings, self._tools, self._complain)
+        self._lock = lock.XtablesLock()
+        self._poll = LegacyPoll()
+        self._edges = self._open_edges(settings)
         self._schedule = Schedule(resync_s=settings.resync)
         self._notifier = Notifier()
         self._instance = Instance(settings.runtime_dir)
-        self._poll = LegacyPoll()
         self._selector = selectors.EpollSelector()
         self._ears: list[NftEar | LinkEar] = []
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,6 +134,11 @@ class Daemon:
         ):
             with suppress(OSError):
                 sweep(path)
+
+    def _open_edges(self, settings: config.Config) -> Edges:
+        return open_edges(
+            settings, self._tools, self._complain, self._lock, digests=self._poll.digests
+        )
 
     def _open(self) -> None:
         # The ears come before the first look, so that nothing falls between.
@@ -260,7 +267,7 @@ class Daemon:
             self._facts.mode = new.mode
             journal.configure(new.log_format, new.log_level)
             self._log = journal.logger()
-            self._edges = open_edges(new, self._tools, self._complain)
+            self._edges = self._open_edges(new)
             self._schedule = replace(self._schedule, resync_s=new.resync)
             # Each state is told anew, or told to be over.
             self._told = {key: (object(), what) for key, (_, what) in self._told.items() if what}
@@ -355,6 +362,12 @@ class Daemon:
             # Each write is whole or not at all, so what was done so far is right as it is.
             why = getattr(error, "strerror", None) or str(error) or "no memory"
             return Pass(View(problems=(Problem(BackendBusy(f"not enough for a pass: {why}")),)))
+        finally:
+            # Of tables with many rules: nothing of them stays in memory between two passes.
+            self._poll.digests()
+            for tables in self._edges.tables:
+                if isinstance(tables, LegacyTables):
+                    tables.forget()
 
     def _look_further(
         self,

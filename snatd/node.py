@@ -13,6 +13,7 @@ from snatd.core.plan import Transaction
 from snatd.host.flannel import read_lease
 from snatd.host.memory import MemoryFile
 from snatd.kernel.backends import all_tables, iptables_is
+from snatd.kernel.legacy import Digests
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.snapshot import has_ipv6, read_links
 from snatd.kernel.tools import Tools
@@ -30,10 +31,14 @@ def require_permission() -> None:
 
 
 def open_edges(
-    config: Config, tools: Tools, complain: Callable[[str], None] = lambda _: None
+    config: Config,
+    tools: Tools,
+    complain: Callable[[str], None] = lambda _: None,
+    lock: XtablesLock | None = None,
+    digests: Callable[[], Digests] = dict,
 ) -> Edges:
-    """The real edges. `complain` hears when what `revert` needs cannot be kept."""
-    lock = XtablesLock()
+    """The real edges. `complain` hears when what `revert` needs cannot be kept. `lock`, `digests`:
+    of a process that opens edges more than once, and that watches the legacy tables."""
 
     def read_node(deadline: Deadline) -> NodeState:
         lease = read_lease(config.subnet_file)
@@ -47,4 +52,5 @@ def open_edges(
         if subnet is not None and transaction.backend is not Backend.GUARD:
             memory_file.keep(transaction, subnet, complain)
 
-    return Edges(read_node, all_tables(tools, lock, config.policy.backend), keep)
+    every = all_tables(tools, lock or XtablesLock(), config.policy.backend, digests)
+    return Edges(read_node, every, keep)

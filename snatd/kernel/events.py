@@ -290,25 +290,42 @@ class LegacyPoll:
 
     def __init__(self) -> None:
         self._tables = {family: peek.Peek(family) for family in Family}
+        self._glances: dict[Family, peek.Glance] = {}
         self._digests: dict[Family, int] = {}
+        self._cost_s = 0.0
         self.period_s = self.shortest_s
         self.due_s = math.inf
 
     def rebase(self, now_s: float) -> None:
-        """Before a pass reads: from here on a difference is news."""
-        self._digests = self._look()
+        """Before a pass reads: from here on a difference is news. What was read is in memory until
+        `digests` is called."""
+        self._glance()
         self.due_s = now_s + self.period_s
+
+    def digests(self) -> Mapping[Family, int]:
+        """As they were at the last `rebase`: the same object until the next one."""
+        if self._glances:
+            self._digests = self._take()
+        return self._digests
 
     def events(self, now_s: float) -> tuple[Event, ...]:
         """An event if something changed since `rebase`. Call when `due_s` has come."""
-        changed = self._look() != self._digests
+        before = self.digests()
+        self._glance()
+        changed = self._take() != before
         self.due_s = now_s + self.period_s
         return (Event(self.source),) if changed else ()
 
-    def _look(self) -> dict[Family, int]:
+    def _glance(self) -> None:
         started_s = time.thread_time()
-        digests = {family: table.digest() for family, table in self._tables.items()}
-        cost_s = time.thread_time() - started_s
+        self._glances = {family: table.glance() for family, table in self._tables.items()}
+        self._cost_s = time.thread_time() - started_s
+
+    def _take(self) -> dict[Family, int]:
+        started_s = time.thread_time()
+        digests = {family: glance.digest() for family, glance in self._glances.items()}
+        self._glances = {}
+        self._cost_s += time.thread_time() - started_s
         shortest_s = self.shortest_s if any(digests.values()) else self.unused_s
-        self.period_s = max(shortest_s, cost_s / self.share)
+        self.period_s = max(shortest_s, self._cost_s / self.share)
         return digests

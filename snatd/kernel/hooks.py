@@ -75,7 +75,7 @@ def read_hooks(family: Family, tools: Tools, deadline: Deadline, kind: Kind = NA
     hooks: list[Hook] = []
     legacy = peek.listed_tables(family)
     for table in kind.tables:
-        if table in legacy and (kind is not NAT or peek.is_in_use(family)):
+        if table in legacy and (kind is not NAT or peek.entries(family)):
             hooks.append(_whole(kind, table, family, Backend.LEGACY, tools, deadline))
     if tools.find("nft") is None:
         if tools.find(f"{family.command}-nft") is not None:
@@ -126,7 +126,7 @@ def _known_shape() -> Iterator[None]:
 def has_kube_proxy(family: Family, tools: Tools, deadline: Deadline) -> bool:
     """Whether kube-proxy has rules here, in whichever of its modes. Raises as read_hooks does."""
     chain, ip = "KUBE-SERVICES", _NFT_FAMILIES[family][0]
-    if peek.is_in_use(family):
+    if peek.entries(family):
         rules, _ = list_chains(family, Backend.LEGACY, tools, deadline)
         if chain in rules:
             return True

@@ -23,15 +23,22 @@ NO_LOCK = {"XTABLES_LOCKFILE": "/proc/self/environ"}
 
 
 def read_ruleset(
-    family: Family, backend: Backend, tools: Tools, deadline: Deadline, *, thorough: bool
+    family: Family,
+    backend: Backend,
+    tools: Tools,
+    deadline: Deadline,
+    *,
+    thorough: bool,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Ruleset:
     """POSTROUTING and the chains of ours that it jumps to; `thorough`: also those that nothing
-    jumps to, at the cost of a listing of the whole table.
+    jumps to, at the cost of a listing of the whole table. `meanwhile` is done while the first tool
+    runs.
 
     Otherwise only by the jump, because iptables-nft 1.8.9 has one message for a chain that does
     not exist and for one that it cannot print, and a chain of ours without a jump does nothing.
     """
-    postrouting = _list(family, backend, tools, deadline, POSTROUTING)
+    postrouting = _list(family, backend, tools, deadline, POSTROUTING, meanwhile)
     names = dict.fromkeys(own_jumps(postrouting))
     if thorough:
         whole = _trusted(_argv(family, backend, "-v"), tools, deadline, own_chains)
@@ -56,9 +63,15 @@ def is_as_read(transaction: Transaction, tools: Tools, deadline: Deadline) -> Ru
             except BackendFailed:
                 raise stale from None
     actual = replace(actual, own_chains=tuple(own.items()))
-    if any((actual.chain(edit.chain) or ()) != (edit.before or ()) for edit in transaction.edits):
+    if changed(transaction, actual):
         raise stale
     return actual
+
+
+def changed(transaction: Transaction, actual: Ruleset) -> bool:
+    """Whether one of the chains that a transaction is about is not as it was planned for."""
+    edits = transaction.edits
+    return any((actual.chain(one.chain) or ()) != (one.before or ()) for one in edits)
 
 
 def list_chains(
@@ -80,16 +93,25 @@ def _argv(family: Family, backend: Backend, *verbose: str, table: str = "nat") -
 
 
 def _list(
-    family: Family, backend: Backend, tools: Tools, deadline: Deadline, chain: str
+    family: Family,
+    backend: Backend,
+    tools: Tools,
+    deadline: Deadline,
+    chain: str,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[Rule, ...]:
     argv = [*_argv(family, backend, "-v"), chain]
-    return _trusted(argv, tools, deadline, lambda output: parse_listing(output, chain))
+    return _trusted(argv, tools, deadline, lambda output: parse_listing(output, chain), meanwhile)
 
 
 def _trusted(
-    argv: list[str], tools: Tools, deadline: Deadline, parser: Callable[[str], Parsed]
+    argv: list[str],
+    tools: Tools,
+    deadline: Deadline,
+    parser: Callable[[str], Parsed],
+    meanwhile: Callable[[], None] | None = None,
 ) -> Parsed:
-    output = tools.run(argv, deadline, environment=NO_LOCK)
+    output = tools.run(argv, deadline, environment=NO_LOCK, meanwhile=meanwhile)
     try:
         return parser(output)
     except RuleError as error:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -54,6 +54,7 @@ class Tools:
         deadline: Deadline,
         stdin: str = "",
         environment: Mapping[str, str] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> str:
         """What a tool printed. Blocks up to the deadline, then kills its whole process group.
 
@@ -65,6 +66,8 @@ class Tools:
         limit_s = deadline.remaining_s(time.monotonic())
         child = self.start(argv, stdin=bool(stdin), environment=environment)
         try:
+            if meanwhile is not None:
+                meanwhile()
             out, err = _talk(child, os.fsencode(stdin), limit_s, self.gives_way_to)
         except subprocess.TimeoutExpired:
             what = " ".join(argv)

@@ -73,8 +73,8 @@ def poll_period(site: Site) -> Figure:
     """How often the legacy tables of this size are compared, for rivals without the lock: what a
     process on the node finds, as the daemon does."""
     code = (
-        "from snatd.kernel.events import LegacyPoll; import json; poll = LegacyPoll()\n"
-        "found = [poll.period_s for _ in range(5) if poll.rebase(0) is None]\n"
+        "from snatd.kernel.events import LegacyPoll; import json; poll, found = LegacyPoll(), []\n"
+        "for _ in range(5): poll.rebase(0); poll.digests(); found.append(poll.period_s)\n"
         "print(json.dumps(found))"
     )
     found = tuple(json.loads(site.node.host.run(sys.executable, "-c", code)))

@@ -152,6 +152,7 @@ class Canned(Tools):
         deadline: Deadline,  # noqa: ARG002
         stdin: str = "",  # noqa: ARG002
         environment: Mapping[str, str] | None = None,  # noqa: ARG002
+        meanwhile: Callable[[], None] | None = None,  # noqa: ARG002
     ) -> str:
         return self.output(argv)
 

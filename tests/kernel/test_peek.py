@@ -59,3 +59,13 @@ def test_it_tells_every_rule_and_no_counter(host: Namespace, family: Family, cou
     with host.entered():
         assert table.digest() == first, "closed, and opened again"
     table.close()
+
+
+def test_a_fingerprint_asked_for_later_is_of_what_was_then(host: Namespace) -> None:
+    host.run("iptables-legacy-restore", stdin=script(["-A C -j RETURN"], 0))
+    with host.entered(), Peek(Family.V4) as table:
+        first = table.digest()
+        glance = table.glance()
+        host.run("iptables-legacy-restore", stdin=script(["-A C -j ACCEPT"], 0))
+        assert table.digest() != first
+        assert (glance.digest(), glance.digest()) == (first, first)

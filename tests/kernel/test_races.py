@@ -22,7 +22,8 @@ from snatd.core.plan import (
     Transaction,
     plan,
 )
-from snatd.kernel.legacy import LegacyTables
+from snatd.kernel.events import LegacyPoll
+from snatd.kernel.legacy import LARGE_ENTRIES, LegacyTables
 from snatd.kernel.lock import XtablesLock
 from snatd.kernel.nft import NftTables
 from snatd.kernel.tools import Tools
@@ -199,3 +200,142 @@ def test_fault_09_the_lock_follows_its_file(tmp_path: Path) -> None:
     with lock.held(soon()), lock.path.open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     lock.close()
+
+
+@dataclass
+class CountedTools(Tools):
+    """How often a tool was run."""
+
+    runs: int = 0
+
+    def run(self, *arguments: Any, **options: Any) -> str:
+        self.runs += 1
+        return super().run(*arguments, **options)
+
+
+@dataclass
+class Large:
+    """A table of so many rules that a write goes by the listing that it was planned for, as the
+    daemon reads it: with fingerprints taken before."""
+
+    host: Namespace
+    lock: XtablesLock
+    tools: CountedTools
+    poll: LegacyPoll
+    tables: LegacyTables
+
+    def legacy(self, *words: str) -> str:
+        """A program with the lock."""
+        lock = f"XTABLES_LOCKFILE={self.lock.path}"
+        return self.host.run("env", lock, "iptables-legacy", "-w", "20", "-t", "nat", *words)
+
+    def planned(self) -> Transaction:
+        self.poll.rebase(0)
+        return only(self.tables)
+
+    def postrouting(self) -> list[str]:
+        return self.legacy("-S", "POSTROUTING").splitlines()[1:]
+
+
+@pytest.fixture
+def large(inside: Namespace, tmp_path: Path) -> Large:
+    foreign = "-A OUTPUT -s 192.0.2.1/32 -j RETURN\n" * LARGE_ENTRIES
+    script = f"*nat\n{foreign}-A POSTROUTING {BROAD}\nCOMMIT\n"
+    inside.run("iptables-legacy-restore", stdin=script)
+    lock, tools, poll = XtablesLock(tmp_path / "xtables.lock"), CountedTools(), LegacyPoll()
+    return Large(
+        inside, lock, tools, poll, LegacyTables(Family.V4, tools, lock, digests=poll.digests)
+    )
+
+
+def test_of_a_large_legacy_table_a_write_lists_nothing_again(large: Large) -> None:
+    for number in range(3):
+        transaction = large.planned()
+        before = large.tools.runs
+        large.tables.apply(transaction, soon())
+        assert large.tools.runs == before, f"write {number}"
+        assert large.postrouting() == [f"-A POSTROUTING {NARROW}"]
+        large.legacy("-I", "POSTROUTING", "1", *BROAD.split(" "))
+
+
+def test_after_its_own_write_it_lists_a_large_table_again(large: Large) -> None:
+    """The fingerprint is of what was before. A rival who puts that back changes nothing of it."""
+    large.tables.apply(large.planned(), soon())
+    large.legacy("-R", "POSTROUTING", "1", *BROAD.split(" "))
+    transaction, before = only(large.tables), large.tools.runs
+    large.tables.apply(transaction, soon())
+    assert large.tools.runs > before
+    assert large.postrouting() == [f"-A POSTROUTING {NARROW}"]
+
+
+@pytest.mark.parametrize("when", ["before the listing", "after the listing"])
+@pytest.mark.parametrize("lock", ["with the lock", "without the lock"])
+def test_fault_10_of_a_large_legacy_table_what_a_rival_wrote_meanwhile_stays(
+    large: Large, when: str, lock: str
+) -> None:
+    """Of the same size, in another chain; the library's copy is older than that, or may be."""
+    write = large.legacy if lock == "with the lock" else _unlocked(large.host)
+    large.tables.apply(large.planned(), soon())  # from here on it takes its copies early
+    for number in range(2):
+        large.poll.rebase(0)
+        large.tables.read(soon())
+        large.legacy("-I", "POSTROUTING", "1", *BROAD.split(" "))
+        change = ("-R", "OUTPUT", "7", "-s", f"192.0.2.{number + 2}/32", "-j", "RETURN")
+        large.poll.rebase(0)
+        large.poll.digests()
+        if when == "before the listing":
+            write(*change)
+        transaction = only(large.tables)
+        if when == "after the listing":
+            write(*change)
+        large.tables.apply(transaction, soon())
+        assert f"-s 192.0.2.{number + 2}/32" in large.legacy("-S", "OUTPUT", "7")
+        assert large.postrouting() == [f"-A POSTROUTING {NARROW}"]
+
+
+def test_fault_10_of_a_large_legacy_table_a_write_that_was_planned_before(large: Large) -> None:
+    """The library's copy is of another table than the one that is listed under the lock."""
+    large.tables.apply(large.planned(), soon())
+    large.legacy("-R", "POSTROUTING", "1", *BROAD.split(" "))
+    transaction = large.planned()
+    for number, rule in enumerate((NARROW, BROAD)):
+        large.poll.rebase(0)
+        large.tables.read(soon())
+        large.legacy("-R", "POSTROUTING", "1", *rule.split(" "))
+        large.legacy("-R", "OUTPUT", "7", "-s", f"192.0.2.{7 + number}/32", "-j", "RETURN")
+    large.tables.apply(transaction, soon())
+    assert "-s 192.0.2.8/32" in large.legacy("-S", "OUTPUT", "7")
+    assert large.postrouting() == [f"-A POSTROUTING {NARROW}"]
+
+
+def _unlocked(host: Namespace) -> Callable[..., str]:
+    def write(*words: str) -> str:
+        no_lock = "XTABLES_LOCKFILE=/dev/null"
+        return host.run("env", no_lock, "iptables-legacy", "-t", "nat", *words)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        "-s 172.7.21.0/24 -o docker1 -j MASQUERADE",
+        "-s 172.7.21.0/24 ! -o docker0 -j ACCEPT",
+        "-s 172.7.22.0/24 ! -o docker0 -j MASQUERADE",
+        "-s 172.7.21.0/24 -d 172.7.0.0/16 ! -o docker0 -j MASQUERADE",
+    ],
+)
+def test_fault_10_of_a_large_legacy_table_that_was_another_while_it_was_listed(
+    large: Large, there: str
+) -> None:
+    """Of the same length, and before and after the listing the same: what was planned for is not
+    what is there, and a foreign rule would go."""
+    large.legacy("-R", "POSTROUTING", "1", *there.split(" "))
+    large.poll.rebase(0)
+    large.poll.digests()
+    large.legacy("-R", "POSTROUTING", "1", *BROAD.split(" "))
+    transaction = only(large.tables)
+    large.legacy("-R", "POSTROUTING", "1", *there.split(" "))
+    with pytest.raises(StaleRuleset):
+        large.tables.apply(transaction, soon())
+    assert large.postrouting() == [f"-A POSTROUTING {there}"]
