@@ -29,6 +29,7 @@ from snatd.examined import Examined, Found
 from snatd.host import files, processes, status
 from snatd.host.docker import read_dockers
 from snatd.host.saved_rules import LARGEST_FILE_BYTES, find
+from snatd.kernel.events import Writer
 from snatd.kernel.hooks import DNAT, FORWARD, NAT, Hooks
 
 _SYSTEMD, _VOLATILE = Path("/run/systemd/system"), Path("/run")
@@ -278,7 +279,7 @@ def _daemon(examined: Examined) -> Found:
             if fight := said["fights"]["now"]:
                 yield rivals.fighting(fight, guard_off=off)
             else:
-                yield from _often(said["recent_repairs"], guard_off=off)
+                yield from repaired_often(said["recent_repairs"], datetime.now(UTC), guard_off=off)
             yield from rivals.proved(said["proof"]["wrong"], guard_off=off)
 
 
@@ -305,21 +306,22 @@ def _disks(examined: Examined) -> Found:
 _OUR_OWN_CAUSES = {"start", "reload", "subnet_file", "link"}
 
 
-def _often(repairs: Sequence[Mapping[str, Any]], *, guard_off: bool) -> Found:
-    now = datetime.now(UTC)
+def repaired_often(
+    repairs: Sequence[Mapping[str, Any]], now: datetime, *, guard_off: bool
+) -> Found:
+    """`repairs`: of the status file, the newest first. Of each program, however it was started."""
     ages_s: dict[str, list[float]] = {}
+    names: dict[str, str] = {}
     for one in repairs:
         if _OUR_OWN_CAUSES.isdisjoint(one["trigger"].split(",")):
             # Whoever wrote legacy rules has no name.
-            for name in {_program(who) for who in one["writers"]} or {""}:
+            writers = [Writer(who["pid"], who["comm"], who["of"]) for who in one["writers"]]
+            for program, name in ({who.program: str(who) for who in writers} or {"": ""}).items():
+                names.setdefault(program, name)
                 age_s = (now - datetime.fromisoformat(one["at"])).total_seconds()
-                ages_s.setdefault(name, []).append(age_s)
-    for name, of_one_s in ages_s.items():
-        yield from rivals.often(of_one_s, name, guard_off=guard_off)
-
-
-def _program(who: Mapping[str, Any]) -> str:
-    return f"{who['comm']}{' of ' + who['of'] if who['of'] else ''}"
+                ages_s.setdefault(program, []).append(age_s)
+    for program, of_one_s in ages_s.items():
+        yield from rivals.often(of_one_s, names[program], guard_off=guard_off)
 
 
 def _said(word: Word) -> dict[str, Any] | None:

@@ -154,19 +154,15 @@ def can_snat(
     """The rules that can SNAT cluster traffic; those for certain are graver. `marks`: the bits by
     which masquerade is asked for. `guard_off`: by configuration. `not_by`: who is told already not
     to write such a rule, so that it is another's, or a left-over."""
-    for certain in (True, False):
-        some_answers = [one for one in answers if certain == (not one.why)]
-        if some_answers:
-            yield Finding(
-                "can_snat",
-                Severity.ERROR if certain else Severity.WARNING,
-                f"a rule hides containers of {wanted.subnet} from {wanted.inside}"
-                + ("" if certain else " under conditions"),
-                some((told(one) for one in some_answers), _MOST_LINES),
-                "other nodes see another address than the container's",
-                ((_GUARD_IT,) if guard_off else ())
-                + _remedies(some_answers, not_by, wanted, marks),
-            )
+    for severity, conditions, some_answers in _by_certainty(answers):
+        yield Finding(
+            "can_snat",
+            severity,
+            f"a rule hides containers of {wanted.subnet} from {wanted.inside}{conditions}",
+            some((told(one) for one in some_answers), _MOST_LINES),
+            "other nodes see another address than the container's",
+            ((_GUARD_IT,) if guard_off else ()) + _remedies(some_answers, not_by, wanted, marks),
+        )
 
 
 def only_guarded(
@@ -187,28 +183,29 @@ def only_guarded(
 
 def inbound(wanted: Desired, answers: Sequence[Answer]) -> Iterator[Finding]:
     """`answers`: what can SNAT what other nodes' containers send to this node's."""
-    for certain in (True, False):
-        some_answers = [one for one in answers if certain == (not one.why)]
-        if some_answers:
-            yield Finding(
-                "inbound_snat",
-                Severity.ERROR if certain else Severity.WARNING,
-                f"a rule hides other nodes' containers from those of {wanted.subnet}"
-                + ("" if certain else " under conditions"),
-                some((told(one) for one in some_answers), _MOST_LINES),
-                "containers here see another address than the caller's; the guard keeps only what "
-                "they send themselves",
-                some(
-                    (
-                        line
-                        for one in some_answers
-                        if one.place
-                        for line in _leaving_out(one.place, wanted)
-                    ),
-                    _MOST_LINES,
-                    "# ",
-                ),
-            )
+    for severity, conditions, some_answers in _by_certainty(answers):
+        places = [one.place for one in some_answers if one.place]
+        yield Finding(
+            "inbound_snat",
+            severity,
+            f"a rule hides other nodes' containers from those of {wanted.subnet}{conditions}",
+            some((told(one) for one in some_answers), _MOST_LINES),
+            "containers here see another address than the caller's; the guard keeps only what they "
+            "send themselves",
+            some(
+                (line for place in places for line in _leaving_out(place, wanted)),
+                _MOST_LINES,
+                "# ",
+            ),
+        )
+
+
+def _by_certainty(answers: Sequence[Answer]) -> Iterator[tuple[Severity, str, list[Answer]]]:
+    """Those that are so for certain, and those that are under conditions, if there are any."""
+    if certain := [one for one in answers if not one.why]:
+        yield Severity.ERROR, "", certain
+    if uncertain := [one for one in answers if one.why]:
+        yield Severity.WARNING, " under conditions", uncertain
 
 
 def _leaving_out(place: Place, wanted: Desired) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from snatd.core.plan import plan
 from snatd.core.programs import Process
 from snatd.core.trace import cluster_packets, rewriters
 from snatd.core.xtables import iptables_of
-from snatd.doctor_rivals import _refused_guards
+from snatd.doctor_rivals import _refused_guards, repaired_often
 from snatd.host.docker import read_dockers
 from snatd.host.processes import find
 from tests.fakes import BROAD, LEGACY, NFT, OURS, V4, V6, lease, link, listed, node, wish
@@ -281,6 +282,34 @@ def test_remedies_know_the_writer() -> None:
     for wanted in (replace(WANTED, cut_outs=(cut,)), WAITS):
         (line,) = one(rivals.can_snat(wanted, hides, 0, guard_off=False)).remedy
         assert line.startswith("# whose it is")
+
+
+def test_of_each_program_that_is_repaired_often() -> None:
+    """One of a session, which has another number each time, and one without a name."""
+    now = datetime(2026, 11, 28, 4, 0, tzinfo=UTC)
+
+    def repairs(*writers: str, trigger: str = "nft") -> list[dict[str, Any]]:
+        return [
+            {
+                "at": (now - timedelta(seconds=2 + 20 * number)).isoformat(),
+                "trigger": trigger,
+                "writers": [{"pid": 900 - number, "comm": comm, "of": f"run-{number}.scope"}]
+                if comm
+                else [],
+            }
+            for number, comm in enumerate(writers)
+        ]
+
+    def told(some: list[dict[str, Any]]) -> list[str]:
+        found = repaired_often(some, now, guard_off=False)
+        return [" | ".join(one.evidence) for one in found]
+
+    six = "6 repairs in 100 s, the last 2 s ago"
+    wrote = "iptables (pid 900) of run-0.scope wrote before"
+    assert told(repairs(*["iptables"] * 6)) == [f"{six} | {wrote}"]
+    assert told(repairs(*[""] * 6, trigger="xtables_lock")) == [six]
+    assert not told(repairs(*["iptables", "nft"] * 3)), "three of each are not often"
+    assert not told(repairs(*["iptables"] * 6, trigger="nft,reload"))
 
 
 def test_repairs_that_come_too_often() -> None:
