@@ -211,6 +211,7 @@ def _twice(copies: Sequence[_Own], rules: Sequence[_Own], wanted: Desired) -> Fi
         tuple(map(str, copies)),
         "flannel removes one copy when it ends or its lease changes, and the others stay",
         (
+            "# each line once: typed again, it takes the copy that stays",
             *(one.commanded("-D") for one in rules if one.text in moved),
             *(one.commanded("-D") for one in gone),
             *(one.commanded("-A") for one in moved.values()),

@@ -124,7 +124,7 @@ def lease_of_flannel(
             "nothing that is flannel runs in this network namespace",
             (f"{path} is there; no process flanneld or k3s",),
             "routes to nodes that join or move stay as they are, if nobody else sets them",
-            ("systemctl start flanneld",),
+            ("systemctl start flanneld  # or as flannel is started on this node",),
         )
 
 
