@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from snatd.kernel.legacy import LARGE_ENTRIES
 from tests.faults.conftest import Measured, Start
 from tests.faults.test_rules import settled, write
 from tests.faults.watching import heard, longest_silence_s, most_children
@@ -177,12 +178,16 @@ def test_fault_10_a_writer_without_the_lock_that_keeps_the_number_of_entries(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("others", [0, LARGE_ENTRIES])
 def test_fault_11_two_that_restore_at_the_same_time(
-    lab: Lab, start: Start, measured: Measured
+    lab: Lab, start: Start, measured: Measured, others: int
 ) -> None:
-    """Each write of theirs has to be there in the end, in its order, and ours too."""
+    """Each write of theirs has to be there in the end, in its order, and ours too; also where a
+    legacy table is too large to be listed twice."""
     node = lab.nodes[0]
     node.write_lease()
+    many = "-A MANY -j RETURN\n" * others
+    node.host.run("iptables-restore", "--noflush", stdin=f"*nat\n:MANY -\n{many}COMMIT\n")
     snatd = start(node)
     settled(snatd)
     broad = " ".join(node.broad_rule)
@@ -207,6 +212,8 @@ def test_fault_11_two_that_restore_at_the_same_time(
     foreign = [one for one in rules(node) if one != NARROW]
     assert foreign == [f"-s 192.0.2.{rival}/32 -j THEIRS{rival}" for rival in (1, 2)]
     assert rules(node).count(NARROW) == 1
+    listed = node.host.run("iptables", "-w", "5", "-t", "nat", "-S", "MANY")
+    assert listed.count("-A MANY -j RETURN\n") == others
     measured(f"{snatd.status()['passes']} passes, {snatd.status()['repairs']} repairs")
     assert snatd.status()["passes"] < 200
     assert len(snatd.events("backend_failed")) < 20
