@@ -261,8 +261,7 @@ class _Table:
         return all(
             self._is_entry_of(rule, entries[edit.chain, rule.text])
             for edit in transaction.edits
-            for rule in edit.before or ()
-            if rule.text in edit.touched or edit.after is None
+            for rule in edit.removed
         )
 
     def edit(self, transaction: Transaction, entries: _Entries) -> None:
