@@ -273,7 +273,8 @@ def proved(wrong: Sequence[str], *, guard_off: bool) -> Iterator[Finding]:
             "so other nodes see another address than the container's",
             (
                 *((_GUARD_IT,) if guard_off else ()),
-                "snatd check  # names the rules that could; `snatd doctor` says how to end it",
+                "snatd explain  # follows a packet through each rule",
+                "# the other findings here name the rules that could, and how to end that",
                 "snatd verify  # sends another datagram to each node",
             ),
         )

@@ -74,16 +74,22 @@ def _of_containers(read: Sizes) -> Iterator[Finding]:
     large = [one for one in read.ports if _inner(one) > most]
     if not large:
         return
+    # Only flannel said so: on this node, at least, it passes.
+    passes = bool(read.out) and min(one.mtu for one in read.out) >= max(map(_inner, large))
     yield Finding(
         "mtu_above_flannel",
-        Severity.WARNING,
+        Severity.INFO if passes else Severity.WARNING,
         f"{count(len(large), 'container')} may send what is too large for the way to other nodes",
         (
             *(line for line, mtu in ways.items() if mtu == most),
             *some(map(_port, large)),
+            *(map(_says, read.out) if passes else ()),
         ),
-        f"each packet above {most} bytes is sent twice at best; where an ICMP answer is filtered "
-        "the connection hangs",
+        f"the way takes it on this node; where it does not on another, each packet above {most} "
+        "bytes is sent twice, or lost"
+        if passes
+        else f"each packet above {most} bytes is sent twice at best; where an ICMP answer is "
+        "filtered the connection hangs",
         (
             f'# Docker: "mtu": {most} in /etc/docker/daemon.json, systemctl restart docker; '
             f'CNI: "mtu": {most} in the bridge plugin',

@@ -107,8 +107,10 @@ class LegacyTables:
         """Writes a transaction whole, or raises StaleRuleset if anything that it is about moved.
 
         Programs without the lock (Docker 1.x, python-iptables users) can still come between the
-        last digest and the commit, about 0.1 ms (of 50,000 rules 20): the kernel itself then
-        refuses if the number of entries changed, and nobody can tell if it did not.
+        last digest and the commit, 0.1 ms at 100 rules and 10 ms at 20,000: the kernel itself then
+        refuses if the number of entries changed, and nobody can tell if it did not. It is the same
+        with iptables-legacy's own writes (at 20,000 rules and as many writes as can be, each
+        undid a tenth of one: 16 in 149 of ours, 27 in 259 of its).
         """
         table = self._copy or _open_table(self.family)
         try:

@@ -546,6 +546,24 @@ def test_sizes(bridge: int, veth: int, inner: int | None, expected: list[str]) -
     assert [one.name for one in sizes.sizes(read)] == expected
 
 
+@pytest.mark.parametrize(
+    ("out", "severity"),
+    [
+        ((), Severity.WARNING),
+        ((1500,), Severity.INFO),
+        ((9000, 1500), Severity.INFO),
+        ((1500, 1499), Severity.WARNING),
+    ],
+)
+def test_what_only_flannel_calls_too_large(out: tuple[int, ...], severity: Severity) -> None:
+    """With host-gw the device may take more than FLANNEL_MTU: nothing is lost on this node."""
+    ways = tuple(Device(f"eth{number}", mtu=mtu) for number, mtu in enumerate(out))
+    read = sizes.Sizes(1450, replace(BRIDGE, mtu=1500), (port(1500, 1500),), ways)
+    (found,) = [one for one in sizes.sizes(read) if one.name == "mtu_above_flannel"]
+    assert (found.severity, "FLANNEL_MTU=1450" in found.evidence) == (severity, True)
+    assert ("eth0 has mtu 1500" in found.evidence) == (out == (1500,))
+
+
 def test_a_bridge_without_containers_says_nothing_of_sizes() -> None:
     read = sizes.Sizes(1450, replace(BRIDGE, mtu=1500), (), (Device("flannel.1", mtu=1450),))
     assert list(sizes.sizes(read)) == []
